@@ -1,0 +1,1 @@
+"""The nouns of the engine. Everything else imports them; they import nothing of ours."""
