@@ -1,0 +1,83 @@
+"""`AttnPlan`: which keys each (query tile, head list) sees. Planners say it in these words, kernels read them.
+
+Set semantics (the definition that tests use). Key j is visible to row t of head h iff it is causal and inside the
+model's own window and (j < sink or t - j < window or the block of j is listed or j is a listed column), all taken from
+the row's list. Each key counts once, however many entries name it. A window of -1 makes the row dense; an empty set
+gives output 0 and log-sum-exp -inf.
+
+`blk_idx`, `col_idx` and `sink` count entries of the (request, layer, KV head) view, equal to ordinals as long as
+nothing was dropped; the causal test compares stored ordinals, windows compare stored positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DENSE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class AttnPlan:
+    """One layer, one pass, a ragged batch of B requests. S slots, L head lists; CSR row of (slot, list) = slot L + list.
+
+    `None` in place of a plan is dense. Tile i of a request holds its rows with ordinal in [i q_tile, (i+1) q_tile);
+    `tile_map[tile_base[b] + i - tile_first[b]]` is the slot of tile i of request b, so boundaries are absolute.
+    """
+
+    q_tile: int
+    blk: int
+    """Tokens of a listed block: a multiple or a divisor of the KV block's 64."""
+    head_map: Tensor
+    """i16 [Hq]: query head -> list."""
+    tile_base: Tensor
+    """i32 [B+1]: first entry of each request in `tile_map`."""
+    tile_first: Tensor
+    """i32 [B]: number of the first tile that the request has in this pass."""
+    tile_map: Tensor
+    """i32 [tiles]: -> slot."""
+    band: Tensor
+    """i32 [S*L, 2]: (sink tokens, window tokens); window -1 = dense row, (0, 0) = no band."""
+    blk_ptr: Tensor | None = None
+    """i32 [S*L + 1]."""
+    blk_idx: Tensor | None = None
+    """i32: block numbers, ascending and unique in a row."""
+    col_ptr: Tensor | None = None
+    col_idx: Tensor | None = None
+    """i32: single entries, ascending and unique in a row."""
+
+    @property
+    def num_lists(self) -> int:
+        return int(self.head_map.max()) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlanContext:
+    """What a planner may look at: one request, one layer, the rows of one pass. Planners are pure given this."""
+
+    layer: int
+    q: Tensor
+    """[n, Hq, D] after rotation."""
+    tok: Tensor
+    """i64 [n] ordinals, ascending."""
+    pos: Tensor
+    """i64 [n]."""
+    num_kv_heads: int
+    prompt_len: int
+    is_last_chunk: bool
+    keys: Callable[[], Tensor]
+    """() -> [Hkv, n_kv, D]: the keys of the view, read only when asked for."""
+    state: dict[str, Any]
+    """The request's scratch for this method; dropped with the request."""
+
+
+class Planner(Protocol):
+    """The attention/ part of a method."""
+
+    def plan(self, ctx: PlanContext) -> AttnPlan | None:
+        """A plan for this one request (B = 1), or None for dense."""
+        ...

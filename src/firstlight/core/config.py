@@ -1,0 +1,85 @@
+"""Every setting of the engine, once: the texts here become `--help`, the docs and the keywords of `LLM`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from firstlight.core.errors import UserError
+from firstlight.core.registry import Method
+
+Precision = Literal["f32", "bf16"]
+
+
+def _opt(default: Any, doc: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is run. The defaults are exact."""
+
+    method: Sequence[Method | str] = _opt(
+        (), "switch a method on (repeatable); see `firstlight methods list`", "NAME:key=value"
+    )
+    schedule: Method | str = _opt("sarathi", "the order in which cells are computed", "NAME:key=value")
+    prefix_cache: str = _opt("on", "reuse the KV of equal prompt beginnings: on or off")
+    precision: Precision = _opt("bf16", "compute type: bf16 or f32; both exact")
+    threads: int | None = _opt(None, "CPU threads; default: all cores this process may use")
+    max_model_len: int | None = _opt(None, "longest prompt plus answer in tokens; default: the model's context")
+    max_num_seqs: int = _opt(16, "requests that run at once")
+    max_num_batched_tokens: int = _opt(2048, "rows of one pass while several requests run")
+    kv_memory: str | None = _opt(
+        None,
+        "memory for KV, such as 2GiB; default: what the two limits above need, at most 0.6 of what is free",
+        "BYTES",
+    )
+    device: str = _opt("cpu", "where to compute; this version has cpu")
+    deterministic: bool = _opt(False, "make bits independent of batch, chunk, cache and threads")
+    event_log: str | None = _opt(None, "write the run's events and plans, for `firstlight simulate --replay`", "FILE")
+    seed: int = _opt(0, "seed of requests that bring none")
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("f32", "bf16"):
+            raise UserError(f"precision={self.precision!r} is unknown; choose bf16 or f32")
+        if self.prefix_cache not in ("on", "off"):
+            raise UserError(f"prefix_cache={self.prefix_cache!r} is unknown; choose on or off")
+        if self.device != "cpu":
+            raise UserError(f"device={self.device!r} is unknown; this version computes on cpu")
+        for key in ("threads", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}={value} is out of range; give 1 or more")
+        parse_bytes(self.kv_memory)
+
+    @property
+    def methods(self) -> list[Method]:
+        return [as_method(m) for m in self.method]
+
+
+def as_method(method: Method | str) -> Method:
+    return method if isinstance(method, Method) else Method.parse(method)
+
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """`2GiB`, `512MB`, `1000000` -> bytes. Raises UserError on anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
+    if match is None:
+        raise UserError(f"can't read the size {text!r}; write it like 2GiB or 512MB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: `22.5 KiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

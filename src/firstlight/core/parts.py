@@ -1,0 +1,173 @@
+"""What a part of a method is: its capability record and the protocols of the seams.
+
+A method is a name with one part per seam that it touches. The engine reads capabilities, never a part's type.
+All hooks are optional: a part derives from the class of its seam here and overrides what it needs; the defaults are
+dense. Hook names and meanings: README-tokens-cache of the design, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Seam = Literal["prompt", "reuse", "schedule", "tokens", "attention", "cache", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What a part needs and what it breaks."""
+
+    exact: bool = False
+    """Gives the logits of one dense pass."""
+    alters_cells: bool = True
+    """K/V computed under it differ from dense, so they carry its recipe."""
+    prefix_stable: bool = True
+    """A token's cells depend only on the tokens before it: they may be published and hit."""
+    chunk_invariant: bool = True
+    """The result doesn't depend on how the prompt is cut into chunks."""
+    whole_prompt: bool = False
+    """All prompt rows must be in one segment."""
+    last_rows: int = 0
+    """Prompt rows at the end that must be computed, never taken from a cache (probe rows)."""
+    chunk: int | None = None
+    """A segment length that every policy honours, for a lone request too."""
+    digests: tuple[str, ...] = ()
+    """Per-block summaries that the cache must write."""
+    calibration: bool = False
+    """Needs a calibration file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Which rows' attention a part wants summed: the last n prompt rows, or all."""
+
+    last_n: int | Literal["all"] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Obs:
+    """What probing saw in one layer of one request, over the rows of the prompt seen so far."""
+
+    colsum: Tensor
+    """f32 [Hkv, n]: softmax mass on each view entry, summed over probe rows and the query heads of the group."""
+    tok: Tensor
+    """i64 [Hkv, n]: ordinal of each entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Only `keep` of the rows are alive into the next layer; with `park` the others can be revived later."""
+
+    keep: Tensor
+    """i64 [m] ordinals, ascending."""
+    park: bool = False
+    early: bool = False
+    """A hint: the rows may leave before the MLP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    """What changes when the rows of a pass enter a layer."""
+
+    skip: Tensor | None = None
+    """bool [n]: rows that pass the layer by, without K/V."""
+    revive: Tensor | None = None
+    """i64 [m] ordinals that come back from the park store."""
+    visible: Tensor | None = None
+    """i64 [m] ordinals that this pass may read; None = all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """K/V that stay: for each KV head ascending entry numbers of the view."""
+
+    idx: Sequence[Tensor]
+
+
+@dataclass(slots=True)
+class PartContext:
+    """Read-only facts of a request, and the part's own scratch."""
+
+    rid: str
+    prompt_len: int
+    num_layers: int
+    final: bool = False
+    """The last prompt row is in this pass (a decode pass: always)."""
+    decode: bool = False
+    ids: Sequence[int] = ()
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRows:
+    """The sub-batch of one request, as a hook sees it."""
+
+    x: Tensor
+    """[n, D] hidden rows."""
+    tok: Tensor
+    """i64 [n] ordinals, ascending."""
+    pos: Tensor
+    """i64 [n]."""
+
+
+class RowPolicy:
+    """The tokens/ part of a method: which cells are computed at all."""
+
+    def barriers(self) -> tuple[int, ...]:
+        """Layers after which a cut needs every prompt row (README-tokens-cache rule 4)."""
+        return ()
+
+    def rows0(self, tok: Tensor, ctx: PartContext) -> Tensor | None:
+        """bool [n]: False = the token starts without a row. None = all start."""
+        return None
+
+    def probe(self, layer: int) -> Probe | None:
+        return None
+
+    def before_layer(self, layer: int, rows: RequestRows, parked: Tensor, ctx: PartContext) -> Enter | None:
+        """`parked`: i64 ordinals that can be revived into this layer."""
+        return None
+
+    def on_kv(self, layer: int, rows: RequestRows, k: Tensor, v: Tensor, ctx: PartContext) -> Cut | None:
+        """k, v [n, Hkv, D] before they are written."""
+        return None
+
+    def after_attend(self, layer: int, rows: RequestRows, obs: Obs | None, ctx: PartContext) -> Cut | None:
+        return None
+
+    def at_barrier(self, layer: int, tok: Tensor, obs: Obs | None, ctx: PartContext) -> Cut:
+        """The cut of a barrier layer, over all rows alive there (i64 [n], ascending)."""
+        return Cut(keep=tok)
+
+
+class Retention:
+    """The cache/ part of a method: which K/V stay after a layer's last use in this pass."""
+
+    scope: Literal["prompt", "chunk", "step"] = "prompt"
+
+    def probe(self, layer: int) -> Probe | None:
+        return None
+
+    def after_layer(
+        self, layer: int, tok: Tensor, length: Sequence[int], obs: Obs | None, ctx: PartContext
+    ) -> Keep | None:
+        """`tok` i64 [Hkv, n]: ordinals of the view's entries, `length[h]` of them in head h."""
+        return None
+
+
+class Scorer(Protocol):
+    """Surprisal of tokens, for prompt editors."""
+
+    def nll(self, ids: Sequence[int]) -> Sequence[float]: ...
+
+
+class Linears(Protocol):
+    """Prepared linear layers: how a model multiplies by its weights."""
+
+    def __call__(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [n, I] -> [n, O]."""
+        ...

@@ -1,0 +1,159 @@
+"""Names to parts: the registry joins parts of equal name and reads `NAME:key=value,...`.
+
+Every part, ours or an outside package's, is announced in the entry-point group `firstlight.methods` as
+`"<method>.<seam>" = "module:Class"`. A part class has `Config` (a frozen dataclass whose fields carry a `doc` text),
+`capability`, and takes its config as the only argument (a schedule: config and view config).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from firstlight.core.errors import UserError
+from firstlight.core.parts import Capability
+
+GROUP = "firstlight.methods"
+_ITEM = re.compile(r"""\s*([A-Za-z_]\w*)\s*=\s*("[^"]*"|'[^']*'|[^,]*)\s*(?:,|$)""")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's name and the settings that somebody gave."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "settings", settings)
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """`NAME` or `NAME:key=value,key="a,b"`. Raises UserError on anything else."""
+        name, _, rest = text.partition(":")
+        settings: dict[str, Any] = {}
+        at = 0
+        while at < len(rest):
+            item = _ITEM.match(rest, at)
+            if item is None:
+                raise UserError(f"can't read {rest[at:]!r} in {text!r}; write NAME:key=value,key=value")
+            settings[item[1]] = item[2].strip().strip("\"'")
+            at = item.end()
+        return cls(name.strip(), **settings)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of one method, made with its config."""
+
+    method: str
+    seam: str
+    impl: Any
+    config: Any
+    capability: Capability
+
+
+@functools.cache
+def _entries() -> dict[str, dict[str, importlib.metadata.EntryPoint]]:
+    """Method -> seam -> entry point."""
+    table: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
+    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
+        name, _, seam = entry.name.rpartition(".")
+        table.setdefault(name, {})[seam] = entry
+    return table
+
+
+def names(schedules: bool = False) -> list[str]:
+    """The known methods, or the known schedules."""
+    return [name for name, seams in _entries().items() if ("schedule" in seams) == schedules]
+
+
+def classes(name: str, *, schedules: bool = False) -> dict[str, type]:
+    """Seam -> class of one method. Raises UserError that lists the choices."""
+    if name not in names(schedules):
+        what = "schedule" if schedules else "method"
+        raise UserError(f"no {what} is called {name!r}; choose one of: {', '.join(names(schedules))}")
+    return {seam: entry.load() for seam, entry in _entries()[name].items()}
+
+
+def configure(cls: Any, method: Method, known: set[str]) -> Any:
+    """The class's config from a method's settings; values given as text are read by the field's type."""
+    hints = typing.get_type_hints(cls.Config)
+    for key in method.settings:
+        if key not in known:
+            raise UserError(f"{method.name} has no setting {key!r}; it has: {', '.join(sorted(known)) or 'none'}")
+    chosen = {k: _read(method.name, k, hints[k], v) for k, v in method.settings.items() if k in hints}
+    return cls.Config(**chosen)
+
+
+def make_parts(methods: Sequence[Method]) -> list[Part]:
+    """All parts of the methods, in order of seams. Raises UserError on unknown names, keys, values and collisions."""
+    parts: list[Part] = []
+    for method in methods:
+        found = classes(method.name)
+        known = {f.name for cls in found.values() for f in dataclasses.fields(cls.Config)}
+        for seam, cls in found.items():
+            config = configure(cls, method, known)
+            parts.append(Part(method.name, seam, cls(config), config, cls.capability))
+    _refuse_collisions(parts)
+    return parts
+
+
+def make_schedule(method: Method, view_config: Any) -> Any:
+    """A fresh policy. The same call serves the engine and a replay."""
+    cls: Any = classes(method.name, schedules=True)["schedule"]
+    return cls(configure(cls, method, {f.name for f in dataclasses.fields(cls.Config)}), view_config)
+
+
+def recipe(parts: Sequence[Part]) -> str:
+    """Names what was done to the cells: empty for exact ones, else a hash of the parts that alter cells."""
+    altering = [[p.method, p.seam, dataclasses.asdict(p.config)] for p in parts if p.capability.alters_cells]
+    if not altering:
+        return ""
+    return hashlib.sha256(json.dumps(sorted(altering, key=str), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _refuse_collisions(parts: Sequence[Part]) -> None:
+    """One planner and one retention a request; row policies of different methods would cut the same rows."""
+    owner: dict[str, str] = {}
+    for part in parts:
+        other = owner.setdefault(part.seam, part.method)
+        if other != part.method:
+            raise UserError(f"{other} and {part.method} both decide {part.seam}/ cells; give one of the two")
+
+
+def _read(method: str, key: str, hint: Any, value: Any) -> Any:
+    """Text to the field's type; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    kinds = [k for k in (typing.get_args(hint) or (hint,)) if k is not type(None)]
+    if value.lower() in ("none", "off") and type(None) in typing.get_args(hint):
+        return None
+    if bool in kinds and value.lower() in _BOOLS:
+        return _BOOLS[value.lower()]
+    for kind in (k for k in kinds if k in (int, float, str)):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    if value in kinds:
+        return value
+    raise UserError(f"{method}:{key}={value!r} is not {_hint_name(hint)}; give such a value")
+
+
+def _hint_name(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "on or off"}.get(
+        hint, f"one of {typing.get_args(hint) or hint}"
+    )
+
+
+_BOOLS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}

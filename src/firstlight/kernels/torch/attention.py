@@ -1,0 +1,192 @@
+"""Attention on PyTorch: row tiles over gathered blocks.
+
+A tile's rows lie at fixed places of a fixed shape, its keys come in parts whose bounds follow from the tile's ordinals
+(never from the chunk, the batch or the number of threads), and parts are merged as a tree in ascending order. So a
+row's bits are its own. Work inside a part is PyTorch's CPU flash attention, which hands out the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from firstlight.kernels.contract import SPLIT, AttnCall
+from firstlight.kernels.kv_layout import BLOCK
+from firstlight.kernels.torch.gather import Tile, blocks, entries, pack, tile_span, tiles, unpack
+from firstlight.kernels.torch.probe import add_probe_sums
+from firstlight.kernels.torch.visibility import visible_mask
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_EDGE = 256
+"""Granularity of the length of a decode row's last part."""
+
+Parts = list[tuple[Tensor, Tensor]]
+"""Partial results (out f32 [.., D], lse f32 [..]) in ascending order of their entries."""
+
+
+def attend(call: AttnCall, r0: int, r1: int) -> None:
+    """Attention of rows [r0, r1): writes out, lse, probe sums and stats of the call."""
+    decode: list[Tile] = []
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+    for tile in tiles(call, r0, r1):
+        if tile.is_plain and tile.size == 1:
+            decode.append(tile)
+            continue
+        if tile.is_plain and tile.b not in before:
+            before[tile.b] = _blocks_before(tile, r1)
+        parts = _plain_parts(tile, before[tile.b]) if tile.is_plain else _masked_parts(tile)
+        out, lse = merge(parts)
+        _store(tile, unpack(tile, out), unpack(tile, lse))
+    if decode:
+        _attend_decode(call, decode)
+
+
+def attend_work(call: AttnCall, r0: int, r1: int) -> list[tuple[int, float]]:
+    """Where rows [r0, r1) can be sliced: (end row, operations as if dense) of each tile."""
+    heads, dim = call.q.shape[1:]
+    return [(t.hi, 4.0 * t.size * (t.start + t.size) * heads * dim) for t in tiles(call, r0, r1)]
+
+
+# --- plain prefill tiles: all entries before the tile at once, the tile's own under the causal triangle ---------------
+
+
+def _blocks_before(tile: Tile, r1: int) -> tuple[Tensor, Tensor]:
+    """k, v [Hkv, n, D] of all entries before the last tile that this request has in the slice: read once."""
+    last = min(tile.call.rows.row_ptr[tile.b + 1], r1) - 1
+    start, _ = tile_span(int(tile.call.rows.tok[last]))
+    return tile.call.layout.read_blocks(tile.view.table[:, : -(-start // BLOCK)])
+
+
+def _plain_parts(tile: Tile, before: tuple[Tensor, Tensor]) -> Parts:
+    q, parts = pack(tile), []
+    if tile.start:
+        k, v = (t[:, : tile.start] for t in before)
+        parts.append(_flash_part(q, k, v, None, tile.call.scale))
+    k, v = entries(tile, tile.start, tile.start + tile.size)
+    mask = _triangle(tile.size, q.shape[2] // tile.size, q.dtype)
+    return [*parts, _flash_part(q, k, v, mask, tile.call.scale)]
+
+
+@cache
+def _triangle(size: int, group: int, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask [1, 1, size * group, size] of a tile on itself."""
+    ahead = torch.arange(size)[None] > torch.arange(size)[:, None]
+    mask = torch.zeros(size, size, dtype=dtype).masked_fill_(ahead, -math.inf)
+    return mask.repeat_interleave(group, 0)[None, None]
+
+
+# --- plain decode rows: the whole splits of all rows in one call, last parts by length --------------------------------
+
+
+def _attend_decode(call: AttnCall, rows: list[Tile]) -> None:
+    groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for i, tile in enumerate(rows):
+        whole, rest = divmod(tile.start + 1, SPLIT)
+        groups[0] += [(i, part) for part in range(whole)]
+        groups[-(-rest // _EDGE) * _EDGE] += [(i, whole)] if rest else []
+    heads, dim = call.q.shape[1:]
+    depth = max(tile.start for tile in rows) // SPLIT + 1
+    out = torch.zeros(depth, len(rows), heads, dim)
+    lse = torch.full((depth, len(rows), heads), -math.inf)
+    for length, members in groups.items():
+        if members:
+            i, part = torch.tensor(members).T
+            out[part, i], lse[part, i] = _decode_group(call, rows, members, length)
+    merged_out, merged_lse = _merge(out, lse)
+    for i, tile in enumerate(rows):
+        _store(tile, merged_out[i : i + 1], merged_lse[i : i + 1])
+
+
+def _decode_group(
+    call: AttnCall, rows: list[Tile], members: list[tuple[int, int]], length: int
+) -> tuple[Tensor, Tensor]:
+    """Parts of equal length (0: whole splits) of some rows -> out [P, Hq, D], lse [P, Hq]."""
+    span = length or SPLIT
+    table = torch.stack([blocks(rows[i].view, part * (SPLIT // BLOCK), span // BLOCK) for i, part in members])
+    p, hkv, nb = table.shape
+    k, v = call.layout.read_blocks(table.view(p * hkv, nb))
+    q = torch.stack([call.q[rows[i].lo] for i, _ in members]).view(p * hkv, 1, -1, call.q.shape[2])
+    mask = None
+    if length:
+        seen = torch.tensor([rows[i].start + 1 - part * SPLIT for i, part in members])
+        hidden = (torch.arange(span) >= seen[:, None]).repeat_interleave(hkv, 0)
+        k, v = (t.masked_fill(hidden[..., None], 0) for t in (k, v))
+        mask = torch.zeros(p * hkv, 1, 1, span, dtype=q.dtype).masked_fill_(hidden[:, None, None], -math.inf)
+    out, lse = _flash_part(q, k, v, mask, call.scale)
+    return out.view(p, -1, out.shape[-1]), lse.view(p, -1)
+
+
+# --- everything else: splits of the view under a mask -----------------------------------------------------------------
+
+
+def _masked_parts(tile: Tile) -> Parts:
+    """One part per split of the view. A split that no row sees keeps its place, so that the tree stays the same."""
+    q, parts, call = pack(tile), [], tile.call
+    hkv, group = q.shape[0], q.shape[2] // tile.size
+    nothing = (torch.zeros(q.shape).squeeze(1), torch.full(q.shape[:3], -math.inf).squeeze(1))
+    for a in range(0, max(tile.view.length), SPLIT):
+        see = visible_mask(tile, a, a + SPLIT)
+        call.stats.visible += int(see.sum()) * (hkv // see.shape[0]) * (group // see.shape[2])
+        if not see.any():
+            parts.append(nothing)
+            continue
+        k, v = entries(tile, a, a + SPLIT, see.flatten(1, 2).any(1))
+        placed = torch.zeros(see.shape[0], tile.size, group, SPLIT, dtype=torch.bool)
+        placed[:, tile.place] = see.expand(-1, -1, group, -1)
+        hidden = ~placed.view(-1, 1, tile.size * group, SPLIT)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf)
+        out, lse = _flash_part(q, k, v, mask.expand(hkv, -1, -1, -1), call.scale)
+        # Rows that see nothing here: the operator says lse 0, the truth is -inf.
+        parts.append((out, lse.masked_fill(hidden.all(-1).squeeze(1), -math.inf)))
+    return parts or [nothing]
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _flash_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """q [H, 1, R, D], k, v [H, n, D] -> out f32 [H, R, D], lse f32 [H, R]."""
+    out, lse = _flash(q, k[:, None], v[:, None], 0.0, False, attn_mask=mask, scale=scale)
+    return out.squeeze(1).float(), lse.squeeze(1)
+
+
+def merge(parts: Parts) -> tuple[Tensor, Tensor]:
+    """Join partial results by their log-sum-exp."""
+    if len(parts) == 1:
+        return parts[0]
+    return _merge(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]))
+
+
+def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """out [P, .., D], lse [P, ..] -> [.., D], [..]."""
+    top = lse.amax(0)
+    weight = torch.exp(lse - top.masked_fill(top == -math.inf, 0))
+    total = _tree(weight)
+    joined = _tree(out * weight[..., None])
+    return joined.div_(total.masked_fill(total == 0, 1)[..., None]), torch.log(total) + top
+
+
+def _tree(terms: Tensor) -> Tensor:
+    """Sum over the first axis in pairs: zeros at the end, however many, change no bit."""
+    while terms.shape[0] > 1:
+        if terms.shape[0] % 2:
+            terms = torch.cat([terms, torch.zeros_like(terms[:1])])
+        terms = terms[0::2] + terms[1::2]
+    return terms[0]
+
+
+def _store(tile: Tile, out: Tensor, lse: Tensor) -> None:
+    """Rows of a tile into the call: out [n, Hq, D], lse [n, Hq]; then what needs the final log-sum-exp."""
+    call = tile.call
+    call.out[tile.lo : tile.hi] = out
+    if call.lse is not None:
+        call.lse[tile.lo : tile.hi] = lse
+    pairs = int((tile.tok + 1).sum()) * call.q.shape[1]
+    call.stats.dense += pairs
+    call.stats.visible += pairs if tile.is_plain else 0
+    if call.probe is not None:
+        add_probe_sums(tile, lse)

@@ -1,0 +1,70 @@
+"""Row-local operators and prepacked linears on PyTorch.
+
+Every operator here gives a row the same bits whatever rows and threads surround it. Two things of PyTorch's break that
+and are avoided: float32 `F.linear` (its blocking follows the row count) and operators whose vectorised and scalar
+forms differ (`silu` and `sigmoid` in float32: built from `exp` here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_ROWS = 4
+"""oneDNN takes a matrix-vector path below a few rows, with other bits."""
+_PACK_ROWS = 512
+"""The row count that oneDNN picks its weight layout for."""
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x [n, D] -> [n, D], scaled to unit mean square, times gain f32 [D]; float32 inside."""
+    return F.rms_norm(x.float(), (x.shape[-1],), gain, eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on halves (RoFormer, arXiv 2104.09864). x [n, H, D]; cos, sin f32 [n, D/2] -> [n, H, D]."""
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half].float(), x[..., half:].float()
+    c, s = cos[:, None, :], sin[:, None, :]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., :half] = torch.mul(x1, c).addcmul_(x2, s, value=-1)
+    out[..., half:] = torch.mul(x2, c).addcmul_(x1, s)
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [n, 2F], gate first -> silu(gate) * up [n, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if gate.dtype == torch.float32:
+        return torch.div(gate, torch.neg(gate).exp_().add_(1)).mul_(up)
+    return F.silu(gate).mul_(up)
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x [n, I], w [O, I] (plain or packed) -> [n, O]. Below MIN_ROWS rows the call is padded."""
+    n = x.shape[0]
+    if n < MIN_ROWS:
+        return linear(F.pad(x, (0, 0, 0, MIN_ROWS - n)), w)[:n]
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return out
+
+
+class PackedLinears:
+    """`Linears` over weights packed once for oneDNN."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        """`weights`: name -> [O, I] in the compute dtype."""
+        self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
+        self._packed = {name: _pack(w) for name, w in weights.items()}
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """x [n, I] -> [n, O]."""
+        return linear(x, self._packed[name])
+
+
+def _pack(w: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(w, _PACK_ROWS)
+    return packed
