@@ -143,7 +143,7 @@ class UnitDone(Account):
 
 @dataclass(frozen=True, slots=True)
 class UnitYielded(Account):
-    """A unit stopped at `cursor` = (layer, operator), `dur` seconds after its submit or last resume, and waits, alive."""
+    """A unit stopped at `cursor` = (layer, operator), `dur` seconds after its submit or last resume, and waits."""
 
     uid: int
     cursor: tuple[int, str]
