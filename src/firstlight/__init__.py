@@ -2,4 +2,26 @@
 
 from __future__ import annotations
 
+import typing
+
+if typing.TYPE_CHECKING:
+    from firstlight.core.registry import Method as Method
+    from firstlight.core.request import SamplingParams as SamplingParams
+    from firstlight.llm import LLM as LLM
+
 __version__ = "0.1.0"
+
+_HOMES = {"LLM": "firstlight.llm", "SamplingParams": "firstlight.core.request", "Method": "firstlight.core.registry"}
+
+
+def __getattr__(name: str) -> typing.Any:
+    """The public names, imported when they are first used: the command line's help must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*_HOMES, "__version__"]

@@ -1,0 +1,1 @@
+"""The command line, the front door of the house: one file a verb."""

@@ -1,0 +1,109 @@
+"""`firstlight bench`: the speed of our own engine on this machine, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from firstlight.cli.breakdown import duration
+from firstlight.cli.options import with_flags
+from firstlight.cli.progress import Bars
+from firstlight.core.config import Options
+from firstlight.core.errors import UserError
+
+app = typer.Typer(help="Measure time to first token and decode speed of this engine.", no_args_is_help=True)
+
+_Model = Annotated[str, typer.Argument(help="A name of `firstlight models list`, or a path.")]
+_Repeat = Annotated[int, typer.Option("--repeat", help="Measurements of each length, after one warm-up.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
+
+
+@app.command()
+@with_flags(options=Options)
+def ttft(
+    model: _Model,
+    options: Options,
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths in tokens.", metavar="N,N,...")] = "512,2048,8000",
+    tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 8,
+    repeat: _Repeat = 5,
+    as_json: _Json = False,
+) -> None:
+    """Time to first token at some prompt lengths. The prefix cache is off.
+
+    firstlight bench ttft smollm2 --prompt-tokens 512,2048 --repeat 5
+    """
+    _bench(model, options, _lengths(prompt_tokens), tokens, repeat, as_json)
+
+
+@app.command()
+@with_flags(options=Options)
+def decode(
+    model: _Model,
+    options: Options,
+    context: Annotated[str, typer.Option(help="Prompt lengths in tokens.", metavar="N,N,...")] = "512,8000",
+    tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 64,
+    repeat: _Repeat = 3,
+    as_json: _Json = False,
+) -> None:
+    """Decode speed of one request after contexts of some lengths.
+
+    firstlight bench decode smollm2 --context 512,8000 --tokens 64
+    """
+    if tokens < 2:
+        raise UserError(f"tokens={tokens} leaves no time between tokens to measure; give 2 or more")
+    _bench(model, options, _lengths(context), tokens, repeat, as_json)
+
+
+def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat: int, as_json: bool) -> None:
+    import torch  # here, because it is slow to load
+
+    from firstlight.evaluate.machine import describe_machine
+    from firstlight.evaluate.speed import measure
+    from firstlight.llm import LLM
+
+    status = Console(stderr=True)
+    with Bars() as bars, LLM(model, progress=bars, **_settings(options)) as llm, status.status("machine") as now:
+        machine = describe_machine(torch.get_num_threads())
+        peak = machine["peak_gflops"][options.precision]
+        rows = list(measure(llm, lengths, num_decode=tokens, repeat=repeat, peak_gflops=peak, tell=now.update))
+    if as_json:
+        typer.echo(json.dumps({"machine": machine, "rows": rows}, indent=2))
+    else:
+        Console().print(table(machine, rows))
+
+
+def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
+    """The rows for a person; each time is the median, in brackets the extremes."""
+    title = f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
+    shown = Table("prompt", "TTFT", "first call", "prefill tok/s", "MFU", "decode tok/s", "peak MB", title=title)
+    for row in rows:
+        ttft_s = row["ttft_s"]
+        extremes = f"{duration(ttft_s['min'])} to {duration(ttft_s['max'])}"
+        shown.add_row(
+            f"{row['prompt_tokens']}",
+            f"{duration(ttft_s['median'])} ({extremes})",
+            duration(row["first_call_ttft_s"]),
+            f"{row['prefill_tok_s']:,.0f}",
+            f"{row['mfu']:.0%}",
+            f"{row['decode_tok_s']:.1f}" if row["decode_tok_s"] else "-",
+            f"{row['rss_mb']:,.0f}",
+        )
+    return shown
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """The engine's keywords: one request at a time, and nothing known beforehand."""
+    alone = replace(options, prefix_cache="off", max_num_seqs=1)
+    return {field.name: getattr(alone, field.name) for field in fields(alone)}
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(length) for length in text.split(",")]
+    except ValueError:
+        raise UserError(f"can't read the lengths {text!r}; write them like 512,2048") from None

@@ -1,0 +1,81 @@
+"""What the user gave as text: the prompt, documents and standard input, joined into one prompt or one chat."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from firstlight.core.errors import UserError
+
+STDIN = "-"
+_SILENCE_S = 1.0
+
+
+def read_document(name: str) -> str:
+    """The text of a file, or of standard input for `-`. Raises UserError if it can't be had or isn't UTF-8."""
+    if name == STDIN:
+        return _decode(read_stdin(), "standard input")
+    try:
+        return _decode(Path(name).read_bytes(), name)
+    except OSError as error:
+        raise UserError(f"can't read {name}: {error.strerror}; give a text file") from None
+
+
+def read_stdin() -> bytes:
+    """All of standard input. Says so on stderr when nothing comes, for that is easily taken for a hang."""
+    if sys.stdin is None:
+        return b""
+    ready, _, _ = select.select([sys.stdin], [], [], _SILENCE_S)
+    if not ready and not sys.stdin.isatty():
+        typer.echo("firstlight: waiting for text on standard input (</dev/null gives none)", err=True)
+    return sys.stdin.buffer.read()
+
+
+def gather(prompt: str | None, documents: Sequence[str]) -> str:
+    """Documents, then the prompt. Text that is piped in is the prompt, or a document if `prompt` is given.
+
+    Raises UserError if that leaves nothing to answer.
+    """
+    texts = [read_document(name) for name in documents]
+    if STDIN not in documents and (prompt is None or _is_piped()) and not _is_terminal():
+        texts.append(_decode(read_stdin(), "standard input"))
+    if prompt is not None:
+        texts.append(prompt)
+    text = "\n\n".join(text.strip("\n") for text in texts if text.strip("\n"))
+    if not text.strip():
+        raise UserError("the prompt is empty; give -p TEXT, -f FILE or text on standard input")
+    return text
+
+
+def as_messages(text: str, system: str | None) -> list[dict[str, str]]:
+    """A chat of one user message, after a system message if there is one."""
+    lead = [{"role": "system", "content": system}] if system is not None else []
+    return [*lead, {"role": "user", "content": text}]
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 text (byte {error.start}); convert it first, with iconv for one"
+        ) from None
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is None or sys.stdin.isatty()
+
+
+def _is_piped() -> bool:
+    """A pipe or a file; what else may stand there when nobody redirects it (a socket, /dev/null) is not read."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)

@@ -1,0 +1,132 @@
+"""`firstlight`: finds the verb, runs it, and turns what went wrong into one line and an exit code.
+
+A verb is imported when it is called, so that `firstlight --help` answers before torch could even load.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
+
+from firstlight import __version__
+from firstlight.core.errors import UserError
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+class Verb(NamedTuple):
+    """Where a verb lives (`module:app` or `module:function`) and what it does."""
+
+    target: str
+    summary: str
+
+
+VERBS = {
+    "run": Verb("firstlight.cli.run:run", "Answer a prompt, with documents before it."),
+    "bench": Verb("firstlight.cli.bench:app", "Measure time to first token and decode speed."),
+    "models": Verb("firstlight.cli.models:app", "List, fetch and describe models."),
+    "methods": Verb("firstlight.cli.methods:app", "List and describe methods and schedules."),
+    "simulate": Verb("firstlight.cli.simulate:simulate", "Replay the event log of a run."),
+}
+
+
+def load(name: str) -> Any:
+    """The verb's command: a `TyperCommand`, or a `TyperGroup` where the verb has verbs of its own."""
+    module, _, attribute = VERBS[name].target.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    home = typer.Typer(add_completion=False)
+    home.callback()(lambda: None)  # makes it a group, however few verbs it has
+    if isinstance(found, typer.Typer):
+        home.add_typer(found, name=name)
+    else:
+        home.command(name)(found)
+    group: Any = typer.main.get_command(home)
+    return group.commands[name]
+
+
+class Verbs(TyperGroup):
+    """The verbs by name; the list and its one-line texts cost no import."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A stand-in that is enough for `firstlight --help`."""
+        return TyperCommand(cmd_name, help=VERBS[cmd_name].summary) if cmd_name in VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, stand_in, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name else stand_in, rest
+
+
+app = typer.Typer(cls=Verbs, add_completion=False, rich_markup_mode="rich")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"firstlight {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def firstlight(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """An LLM engine built around prefill: the first token of a long prompt, sooner, and right.
+
+    The shortest start: [bold]firstlight run smollm2 -p "Why is the sky blue?"[/bold]
+    """
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main() -> None:
+    """The program: runs the command line and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
+    try:
+        return _invoke(arguments)
+    except (UserError, TyperException) as error:
+        return _complain(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away. Python flushes stdout once more at its end: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    command: Any = typer.main.get_command(app)
+    try:
+        with command.make_context("firstlight", list(arguments)) as ctx:
+            command.invoke(ctx)
+        sys.stdout.flush()
+    except typer.Exit as leave:
+        return leave.exit_code
+    return 0
+
+
+def _complain(error: UserError | TyperException) -> int:
+    """One line on stderr. An error without a text has already printed its help."""
+    text = error.format_message() if isinstance(error, TyperException) else str(error)
+    if text:
+        where = getattr(getattr(error, "ctx", None), "command_path", None)
+        cure = f"; see {where} --help" if where else ""
+        typer.echo(f"firstlight: error: {' '.join(text.split()).rstrip('.')}{cure}", err=True)
+    return USER_ERROR

@@ -1,0 +1,104 @@
+"""`firstlight methods`: what can be switched on with `--method` and `--schedule`, and what each does to an answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import typing
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from firstlight.core import registry
+from firstlight.core.errors import UserError
+from firstlight.core.parts import Capability
+
+app = typer.Typer(help="List and describe methods and schedules.", no_args_is_help=True)
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+@app.command("list")
+def list_methods(as_json: _Json = False) -> None:
+    """All methods and schedules, also those of other packages.
+
+    firstlight methods list
+    """
+    found = everything()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table("name", "switch on with", "exact", "what it does", box=None)
+    for method in found:
+        table.add_row(method["name"], method["flag"], "yes" if method["exact"] else "no", method["about"])
+    Console().print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A name of `firstlight methods list`.")], as_json: _Json = False
+) -> None:
+    """Settings, defaults and capabilities of one method.
+
+    firstlight methods show band
+    """
+    if name not in [*registry.names(), *registry.names(schedules=True)]:
+        known = ", ".join([*registry.names(), *registry.names(schedules=True)])
+        raise UserError(f"no method or schedule is called {name!r}; choose one of: {known}")
+    method = describe(name)
+    if as_json:
+        typer.echo(json.dumps(method, indent=2))
+        return
+    typer.echo(f"{method['flag']}: {method['about']}")
+    for part in method["parts"]:
+        _print_part(part)
+
+
+def everything() -> list[dict[str, Any]]:
+    """Methods, then schedules, described."""
+    return [describe(name) for name in [*registry.names(), *registry.names(schedules=True)]]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One method or schedule as plain data: flag, text, parts, their settings and capabilities."""
+    schedules = name in registry.names(schedules=True)
+    parts = [_part(seam, cls) for seam, cls in registry.classes(name, schedules=schedules).items()]
+    flag = "--schedule" if schedules else "--method"
+    about = next((part["about"] for part in parts if part["about"]), "")
+    exact = schedules or all(part["capability"]["exact"] for part in parts)
+    return {"name": name, "flag": f"{flag} {name}", "exact": exact, "about": about, "parts": parts}
+
+
+def _part(seam: str, cls: Any) -> dict[str, Any]:
+    about = (inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or "").split("\n\n")[0]
+    capability = getattr(cls, "capability", Capability(exact=True, alters_cells=False))
+    return {
+        "seam": seam,
+        "about": " ".join(about.split()),
+        "settings": [_setting(field, cls) for field in dataclasses.fields(cls.Config)],
+        "capability": dataclasses.asdict(capability),
+    }
+
+
+def _setting(field: dataclasses.Field[Any], cls: Any) -> dict[str, Any]:
+    hint = typing.get_type_hints(cls.Config)[field.name]
+    kind = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    default = None if field.default is dataclasses.MISSING else field.default
+    return {"name": field.name, "type": kind, "default": default, "doc": field.metadata.get("doc", "")}
+
+
+def _print_part(part: dict[str, Any]) -> None:
+    typer.echo(f"\n{part['seam']}/")
+    for setting in part["settings"]:
+        typer.echo(f"  {setting['name']}={setting['default']}  ({setting['type']}) {setting['doc']}")
+    for key, value in part["capability"].items():
+        typer.echo(f"  {key.replace('_', ' ')}: {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A capability's value in words."""
+    if isinstance(value, bool) or value is None:
+        return "yes" if value else "no"
+    return ", ".join(value) or "none" if isinstance(value, list | tuple) else str(value)

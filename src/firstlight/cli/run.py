@@ -1,0 +1,89 @@
+"""`firstlight run`: one prompt to one answer, streamed, and where its time went."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from firstlight.cli.breakdown import approximations, breakdown
+from firstlight.cli.inputs import as_messages, gather
+from firstlight.cli.options import with_flags
+from firstlight.cli.progress import Bars
+from firstlight.core.config import Options
+from firstlight.core.errors import UserError
+from firstlight.core.request import Completion, SamplingParams
+
+
+@with_flags(sampling=SamplingParams, options=Options)
+def run(
+    model: Annotated[str, typer.Argument(help="A name of `firstlight models list`, or a path.")],
+    sampling: SamplingParams,
+    options: Options,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="What to answer.")] = None,
+    document: Annotated[
+        list[str], typer.Option("-f", "--document", metavar="FILE", help="Text before the prompt; - is stdin.")
+    ] = [],  # noqa: B006
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
+) -> None:
+    """Answer a prompt.
+
+    Text on standard input is the prompt; beside -p it is one more document. Documents go before the prompt.
+
+    firstlight run smollm2 -p "Why is the sky blue?"
+
+    firstlight run smollm2 -f report.txt -p "What does it cost?" --max-tokens 60
+
+    git diff | firstlight run smollm2 -p "Describe this change."
+    """
+    if raw and system is not None:
+        raise UserError("--system has no place in a --raw prompt; leave one of the two out")
+    text = gather(prompt, document)
+    completion = answer(model, text if raw else as_messages(text, system), sampling, options, quiet=as_json)
+    _conclude(completion.report, as_json)
+
+
+def answer(model: str, prompt: Any, sampling: SamplingParams, options: Options, *, quiet: bool) -> Completion:
+    """The completion of a prompt; its text goes to stdout as it comes, unless `quiet`. Leaves nothing behind."""
+    from firstlight import LLM  # here, because it brings torch
+
+    settings = {field.name: getattr(options, field.name) for field in fields(options)}
+    with contextlib.ExitStack() as cleanup:
+        bars = cleanup.enter_context(Bars())
+        llm = cleanup.enter_context(LLM(model, progress=bars, **settings))
+        # Closing the stream cancels the request, whatever ended the loop.
+        stream = cleanup.enter_context(contextlib.closing(llm.stream(prompt, sampling)))
+        return _print_stream(stream, bars, quiet)
+
+
+def _print_stream(stream: Iterable[Any], bars: Bars, quiet: bool) -> Completion:
+    completion: Completion | None = None
+    for chunk in stream:
+        completion = chunk.completion
+        if chunk.text and not quiet:
+            bars.close()
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    assert completion is not None
+    return completion
+
+
+def _conclude(report: dict[str, Any], as_json: bool) -> None:
+    """What comes after the text: the report as JSON, or a breakdown for a person and a warning for anybody."""
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+    elif not report["text"].endswith("\n"):
+        typer.echo()
+    console = Console(stderr=True)
+    if not report["exact"]:
+        typer.echo(f"firstlight: approximate: {approximations(report)}", err=True)
+    if console.is_terminal and not as_json:
+        console.print(breakdown(report))

@@ -1,0 +1,100 @@
+"""How fast our own engine is: repeated requests on prompts of real text, with the first call told apart.
+
+A prompt of N tokens is the shipped text, repeated and cut as ids. The prefix cache is off, or the second repeat would
+find the first one's cells.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+import firstlight
+from firstlight.core.errors import UserError
+from firstlight.core.request import SamplingParams
+from firstlight.evaluate.machine import peak_rss_mb
+from firstlight.llm import LLM
+from firstlight.models.config import ModelConfig
+
+TEXT = "moby-dick-chapter-87.txt"
+
+
+def prompt_of(llm: LLM, num_tokens: int) -> list[int]:
+    """Exactly `num_tokens` ids of real text."""
+    ids = llm.encode(resources.files("firstlight.evaluate").joinpath("texts", TEXT).read_text("utf-8"))
+    return (ids * (num_tokens // len(ids) + 1))[:num_tokens]
+
+
+def measure(
+    llm: LLM,
+    lengths: Sequence[int],
+    *,
+    num_decode: int,
+    repeat: int,
+    peak_gflops: float,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each prompt length: `repeat` requests after a warm-up, each generating `num_decode` tokens.
+
+    Speeds are medians; seconds in `ttft_s` and `tpot_s` are {median, min, max, samples}.
+    """
+    _check(lengths, repeat, num_decode)
+    for length in lengths:
+        ids = prompt_of(llm, length)
+        reports = []
+        for n in range(repeat + 1):
+            tell(f"{length} tokens, {'warm-up' if n == 0 else f'{n} of {repeat}'}")
+            reports.append(_one(llm, ids, num_decode))
+        yield _row(llm, reports, peak_gflops)
+
+
+def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
+    """Multiplications and additions of a dense prefill: linears of all rows, causal attention, the head on one row."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
+    pairs = num_tokens * (num_tokens + 1) / 2
+    layers = config.num_layers * (2 * linears * num_tokens + 4 * q * pairs)
+    return layers + 2 * config.hidden_size * config.vocab_size
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes and the samples themselves."""
+    values = list(samples)
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "samples": values}
+
+
+def _one(llm: LLM, ids: list[int], num_decode: int) -> dict[str, Any]:
+    params = SamplingParams(max_tokens=num_decode, temperature=0.0, ignore_eos=True)
+    return llm.generate([ids], params)[0].report
+
+
+def _row(llm: LLM, reports: Sequence[dict[str, Any]], peak_gflops: float) -> dict[str, Any]:
+    warm_up, *steady = reports
+    ttft = spread([r["ttft_s"] for r in steady])
+    prefill_s = statistics.median(r["timings"]["prefill_s"] for r in steady)
+    tpot = spread([r["tpot_s"] for r in steady]) if steady[0]["tpot_s"] else None
+    length = steady[0]["prompt_tokens"]
+    return {
+        "engine": "firstlight",
+        "version": firstlight.__version__,
+        "settings": steady[0]["settings"],
+        "exact": steady[0]["exact"],
+        "prompt_tokens": length,
+        "first_call_ttft_s": warm_up["ttft_s"],
+        "ttft_s": ttft,
+        "prefill_tok_s": length / prefill_s,
+        "decode_tok_s": 1 / tpot["median"] if tpot else None,
+        "tpot_s": tpot,
+        "density": steady[0]["attention"]["density"],
+        "rss_mb": peak_rss_mb(),
+        "mfu": prefill_flops(llm.config, length) / prefill_s / (peak_gflops * 1e9),
+    }
+
+
+def _check(lengths: Sequence[int], repeat: int, num_decode: int) -> None:
+    if not lengths or min(lengths) < 1:
+        raise UserError(f"prompt lengths {list(lengths)} are out of range; give 1 or more tokens")
+    if repeat < 1 or num_decode < 1:
+        raise UserError("a measurement needs at least one repeat and one token; give 1 or more")
