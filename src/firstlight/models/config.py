@@ -98,7 +98,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"activation {config['hidden_act']!r} is not supported (silu is); use another model")
-    rope = config.get("rope_parameters") or {}
+    rope = fields.mapping("rope_parameters")
     theta = _Fields(rope).real("rope_theta", fields.real("rope_theta", 10000.0))
     return ModelConfig(
         architecture=arch,
@@ -113,7 +113,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rope_theta=theta,
         max_context=fields.integer("max_position_embeddings", 2048),
         tie_head=bool(config.get("tie_word_embeddings", False)),
-        rope_scaling=_scaling(config.get("rope_scaling") or rope),
+        rope_scaling=_scaling(fields.mapping("rope_scaling") or rope),
         attention_bias=bool(config.get("attention_bias") or config.get("mlp_bias")),
     )
 
@@ -148,7 +148,13 @@ class _Fields:
             raise UserError(f"the model's {key} is {_shown(value)}, a number is needed; use another model file")
         return float(value)
 
-    def _get(self, key: str, default: float | None) -> Any:
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"the model's {key} is {_shown(value)}, an object is needed; use another model file")
+        return value
+
+    def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
         if value is None:
             value = default

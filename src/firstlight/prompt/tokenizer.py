@@ -63,12 +63,13 @@ class Tokenizer:
         `special` reads control tokens written in the text as such, which a rendered chat template needs; otherwise they
         are ordinary text, so that a document cannot forge them. UserError if the text is not valid Unicode.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text holds lone surrogates, which no UTF-8 text has; clean the input") from None
         with self._lock:  # the switch belongs to the backend, not to the call
             self._backend.encode_special_tokens = not special
-            try:
-                return list(self._backend.encode(text, add_special_tokens=False).ids)
-            except UnicodeEncodeError:
-                raise UserError("the text holds lone surrogates, which no UTF-8 text has; clean the input") from None
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: control tokens are skipped, bytes that are not UTF-8 become U+FFFD."""

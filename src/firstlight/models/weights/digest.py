@@ -44,10 +44,11 @@ def hash_file(path: Path) -> str:
 def _remembered(note: Path, known: dict[str, object]) -> str | None:
     try:
         stored = json.loads(note.read_text())
-        digest = stored.pop("sha256")
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError):
         return None
-    return digest if stored == known and isinstance(digest, str) and len(digest) == 64 else None
+    digest = stored.get("sha256") if isinstance(stored, dict) else None
+    right = isinstance(digest, str) and len(digest) == 64 and stored == {**known, "sha256": digest}
+    return str(digest) if right else None
 
 
 def _remember(note: Path, entry: dict[str, object]) -> None:

@@ -63,7 +63,7 @@ _MAX_STRING = 1 << 24
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of the file: `shape` is row-major ([out, in] for a linear), offset and nbytes are bytes of the file."""
+    """One tensor of the file: `shape` is row-major ([out, in] for a linear), offset and nbytes count file bytes."""
 
     name: str
     shape: tuple[int, ...]

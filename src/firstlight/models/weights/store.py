@@ -13,8 +13,8 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,10 +61,9 @@ def cache_size() -> int:
 def write_atomically(path: Path) -> Iterator[Path]:
     """A partial file beside `path` to write to; it takes the place of `path` on success and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
     try:
+        partial.touch(exist_ok=False)
         yield partial
         partial.replace(path)
     finally:

@@ -1,0 +1,136 @@
+"""`firstlight models`: which models are here, fetching one by name, and what a model file holds before it is run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from firstlight.models.weights import hub
+from firstlight.models.weights.checkpoint import Checkpoint, open_checkpoint
+from firstlight.models.weights.store import cache_bound, cache_dir, cache_size
+
+app = typer.Typer(help="List, fetch and describe models.", no_args_is_help=True)
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+@app.command("list")
+def list_models(as_json: _Json = False) -> None:
+    """Known models, which of them are on this machine, and the cache of unpacked weights."""
+    report = _inventory()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    table = Table("name", "model", "size", "path", box=None)
+    for row in report["models"]:
+        table.add_row(
+            row["name"], row["about"], _mib(row["nbytes"]), row["path"] or f"firstlight models pull {row['name']}"
+        )
+    _console().print(table)
+    cache = report["weight_cache"]
+    typer.echo(f"unpacked weights: {_mib(cache['nbytes'])} of {_mib(cache['max_nbytes'])} in {cache['path']}")
+
+
+@app.command()
+def pull(name: Annotated[str, typer.Argument(help="A name from `firstlight models list`.")]) -> None:
+    """Fetch a known model, check its sha256 and print its path."""
+    with progress_bar(f"fetching {name}") as progress:
+        path = hub.pull(name, progress=progress)
+    typer.echo(path)
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="A known name, a .gguf file or a directory with config.json.")],
+    as_json: _Json = False,
+) -> None:
+    """Architecture, shapes, types and memory of a model."""
+    with progress_bar(f"fetching {model}") as progress:
+        path = hub.resolve(model, progress=progress)
+    report = describe(open_checkpoint(path))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    table = Table("", "", box=None, show_header=False)
+    for key, value in report.items():
+        table.add_row(key.replace("_", " "), _shown(key, value))
+    _console().print(table)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `show` prints; sizes in bytes, resident ones as they are at run time with the default precision, bf16."""
+    config = checkpoint.config
+    elements = {name: _product(shape) for name, shape in checkpoint.shapes.items()}
+    return {
+        "path": str(checkpoint.path),
+        "license": checkpoint.license,
+        "architecture": config.architecture,
+        "parameters": sum(elements.values()),
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tied_head": config.tie_head,
+        "rope_theta": config.rope_theta,
+        "max_context": config.max_context,
+        "types": dict(Counter(checkpoint.types.values())),
+        "kv_bytes_per_token": config.kv_bytes_per_token(2),
+        "resident_kv_bytes_max_context": config.kv_bytes_per_token(2) * config.max_context,
+        "resident_weights_bytes": sum(
+            n * (4 if len(checkpoint.shapes[name]) == 1 else 2) for name, n in elements.items()
+        ),
+    }
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr that appears with the first share in [0, 1] it is given, and only on a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=1.0, visible=False)
+        yield lambda share: progress.update(task, completed=share, visible=True)
+
+
+def _inventory() -> dict[str, Any]:
+    paths = {name: hub.pulled(name) for name in hub.KNOWN}
+    models = [
+        {"name": name, "about": known.about, "nbytes": known.nbytes, "path": str(paths[name]) if paths[name] else None}
+        for name, known in hub.KNOWN.items()
+    ]
+    cache = {"path": str(cache_dir() / "weights"), "nbytes": cache_size(), "max_nbytes": cache_bound()}
+    return {"models": models, "weight_cache": cache}
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _console() -> Console:
+    # Wide and plain when it is not a terminal, so that paths are never cut.
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "types":
+        return ", ".join(f"{name} x {count}" for name, count in value.items())
+    if "bytes" in key:
+        return _mib(value) if value >= 2**20 else f"{value:,} bytes"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

