@@ -13,9 +13,10 @@ What holds, with B = the budget and M = `max_num_seqs` < B:
   run. A long stretch gives way at the first slice point after the running time of the unit before it. So the gap
   between two tokens of a request that isn't preempted is at most two units of B rows and one slice.
 - Prompts: the first prompt in rank gets at least B - M + 1 rows of every unit, or half of the time as a long unit.
-- Ageing: rank = arrival + priority * `ageing_s`, lower first, for ever. Prompts start in order of rank without
-  skipping, so a request is overtaken only by requests of a smaller priority number that arrive less than (difference
-  of the numbers) * `ageing_s` seconds after it; equal priorities are served in order of arrival.
+- Ageing: rank = arrival + priority * `ageing_s`, lower first, for ever. Prompts are admitted and served in order of
+  rank without skipping (only a long one that waits for its turn lets the others have theirs), so a request is overtaken
+  only by those of a smaller priority number that arrive less than (difference of the numbers) * `ageing_s` seconds
+  after it; equal priorities are served in order of arrival.
 - Memory: a prompt is admitted when all its blocks are there. If the decodes' next blocks are not, the last in rank is
   preempted by recompute, never the first: it always finishes, so every request does.
 """

@@ -140,17 +140,19 @@ class SimExecutor:
 
     def wait(self) -> list[Event]:
         """Moves the clock to the next moment at which anything happened; all of it. Empty: nothing ever will."""
-        live = self._running()
-        due = (
-            self.now if self._posted or self._leaving else min(self._inputs[-1][0] if self._inputs else inf, self.timer)
-        )
-        moment = max(due, self.now) if live is None else self._stop(live, due)
-        if moment == inf:
-            return []
-        self.now = moment
-        self._happen(live)
+        while not self._posted:
+            live = self._running()
+            moment = self._due() if live is None else self._stop(live, self._due())
+            if moment == inf:
+                break
+            self._happen(moment, live)
         events, self._posted = self._posted, []
         return events
+
+    def _due(self) -> float:
+        """When the outside, or a cancelled request that is still at work, wants a stop."""
+        next_input = self._inputs[-1][0] if self._inputs else inf
+        return self.now if self._leaving else max(self.now, min(next_input, self.timer))
 
     def _running(self) -> _Live | None:
         """The unit at work; starts the next in the queue if there is none."""
@@ -172,8 +174,9 @@ class SimExecutor:
             slices += 1
         return min(end, live.since + slices * self.slice_s)
 
-    def _happen(self, live: _Live | None) -> None:
-        """What this moment brings: cancelled rows leave, inputs and the timer come, the unit at work ends."""
+    def _happen(self, moment: float, live: _Live | None) -> None:
+        """What a moment brings: cancelled rows leave, inputs and the timer come, the unit at work ends."""
+        self.now = moment
         while self._leaving:
             self._drop(self._leaving.pop())
         while self._inputs and self._inputs[-1][0] <= self.now:
