@@ -23,7 +23,7 @@ DENSE = -1
 
 @dataclass(frozen=True, slots=True)
 class AttnPlan:
-    """One layer, one pass, a ragged batch of B requests. S slots, L head lists; CSR row of (slot, list) = slot L + list.
+    """One layer, one pass, a ragged batch of B requests. S slots, L head lists; CSR row = slot L + list.
 
     `None` in place of a plan is dense. Tile i of a request holds its rows with ordinal in [i q_tile, (i+1) q_tile);
     `tile_map[tile_base[b] + i - tile_first[b]]` is the slot of tile i of request b, so boundaries are absolute.

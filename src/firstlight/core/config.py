@@ -1,5 +1,6 @@
 """Every setting of the engine, once: the texts here become `--help`, the docs and the keywords of `LLM`."""
 
+# ruff: noqa: RUF009
 from __future__ import annotations
 
 import re

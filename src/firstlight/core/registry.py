@@ -77,7 +77,7 @@ def names(schedules: bool = False) -> list[str]:
     return [name for name, seams in _entries().items() if ("schedule" in seams) == schedules]
 
 
-def classes(name: str, *, schedules: bool = False) -> dict[str, type]:
+def classes(name: str, *, schedules: bool = False) -> dict[str, Any]:
     """Seam -> class of one method. Raises UserError that lists the choices."""
     if name not in names(schedules):
         what = "schedule" if schedules else "method"

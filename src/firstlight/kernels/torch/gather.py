@@ -78,7 +78,7 @@ def pack(tile: Tile) -> Tensor:
 
 def unpack(tile: Tile, packed: Tensor) -> Tensor:
     """[Hkv, size * G, ...] -> [n, Hq, ...]: the inverse of `pack`, rows of this slice only."""
-    by_row = packed.unflatten(1, (tile.size, -1)).transpose(0, 1)
+    by_row = packed.view(packed.shape[0], tile.size, -1, *packed.shape[2:]).transpose(0, 1)
     by_row = by_row if tile.hi - tile.lo == tile.size else by_row[tile.place]
     return by_row.flatten(1, 2)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 MIN_ROWS = 4
 """oneDNN takes a matrix-vector path below a few rows, with other bits."""
+_PROBE_ROWS = (1, MIN_ROWS, 16, 97, 256)
 _PACK_ROWS = 512
 """The row count that oneDNN picks its weight layout for."""
 
@@ -57,12 +58,28 @@ class PackedLinears:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """`weights`: name -> [O, I] in the compute dtype."""
+        self.dtype = next(iter(weights.values())).dtype
         self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
         self._packed = {name: _pack(w) for name, w in weights.items()}
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """x [n, I] -> [n, O]."""
         return linear(x, self._packed[name])
+
+
+def dependent_linears(linears: PackedLinears) -> set[str]:
+    """Names of linears, one per shape, whose rows' bits change with the row or thread count on this machine."""
+    threads, found = torch.get_num_threads(), set()
+    for shape, name in {shape: name for name, shape in linears.shapes.items()}.items():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(_PROBE_ROWS[-1], shape[1], generator=generator).to(linears.dtype)
+        want = linears(name, x)
+        for count in {1, threads}:
+            torch.set_num_threads(count)
+            if any(not torch.equal(linears(name, x[:n]), want[:n]) for n in _PROBE_ROWS):
+                found.add(name)
+        torch.set_num_threads(threads)
+    return found
 
 
 def _pack(w: Tensor) -> Tensor:

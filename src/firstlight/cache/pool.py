@@ -1,0 +1,100 @@
+"""The block pool: every single-head KV block of the engine, and who holds it.
+
+At any moment free + used + cached = total: used blocks are held by requests, cached ones by the prefix cache alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from firstlight.kernels.kv_layout import KVLayout
+
+Ids = NDArray[Any]
+
+
+class Pool:
+    """`total` blocks with numbers 1..total; number 0 is the layout's zero block and belongs to nobody."""
+
+    def __init__(self, total: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.total = total
+        self.layout = KVLayout(total + 1, head_dim, dtype)
+        self.block_nbytes = KVLayout.block_nbytes(head_dim, dtype)
+        self.reclaim: Callable[[int], None] = lambda count: None
+        """Asks the prefix cache to let `count` blocks go."""
+        self.reserved = 0
+        """Blocks promised to admitted requests and not yet taken."""
+        self._held = np.zeros(total + 1, np.int32)
+        self._marked = np.zeros(total + 1, bool)
+        self._free = np.arange(total, 0, -1, dtype=np.int32)
+        self._num_free = total
+        self._num_cached = 0
+
+    @property
+    def free(self) -> int:
+        return self._num_free
+
+    @property
+    def cached(self) -> int:
+        return self._num_cached
+
+    @property
+    def used(self) -> int:
+        return int(np.count_nonzero(self._held[1:]))
+
+    @property
+    def available(self) -> int:
+        """What a policy may still promise: free or evictable, and not reserved."""
+        return self._num_free + self._num_cached - self.reserved
+
+    def take(self, count: int) -> Ids:
+        """`count` block numbers, ascending (fresh pools give runs), held once. The caller has made sure they exist."""
+        if count > self._num_free:
+            self.reclaim(count - self._num_free)
+        assert count <= self._num_free, f"{count} blocks wanted, {self._num_free} free: an admission broke its promise"
+        self._num_free -= count
+        ids = np.sort(self._free[self._num_free : self._num_free + count])
+        self._held[ids] = 1
+        return ids
+
+    def hold(self, ids: Ids) -> None:
+        self._num_cached -= int(np.count_nonzero(self._held[ids] == 0))
+        self._held[ids] += 1
+
+    def release(self, ids: Ids) -> None:
+        ids = ids[ids > 0]
+        assert (self._held[ids] > 0).all(), "a block was released twice"
+        self._held[ids] -= 1
+        left = ids[self._held[ids] == 0]
+        self._num_cached += int(np.count_nonzero(self._marked[left]))
+        self._put_back(left[~self._marked[left]])
+
+    def mark(self, ids: Ids) -> None:
+        assert (self._held[ids] > 0).all(), "only a held block can be given to the cache"
+        self._marked[ids] = True
+
+    def unmark(self, ids: Ids) -> None:
+        self._marked[ids] = False
+        left = ids[self._held[ids] == 0]
+        self._num_cached -= len(left)
+        self._put_back(left)
+
+    def is_held(self, ids: Ids) -> bool:
+        return bool((self._held[ids] > 0).any())
+
+    def shared(self, ids: Ids) -> NDArray[np.bool_]:
+        """bool, shaped as `ids`: blocks that must be copied before a write."""
+        return np.asarray((self._held[ids] > 1) | self._marked[ids])
+
+    def check(self) -> None:
+        """Assert that every block is accounted for."""
+        assert self.free + self.used + self.cached == self.total, (self.free, self.used, self.cached, self.total)
+        assert self.reserved >= 0, self.reserved
+
+    def _put_back(self, ids: Ids) -> None:
+        self._free[self._num_free : self._num_free + len(ids)] = ids[::-1]
+        self._num_free += len(ids)

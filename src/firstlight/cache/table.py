@@ -1,0 +1,237 @@
+"""One request's K/V: a block table row for each (layer, KV head), written by ordinal, read as views.
+
+As long as nothing was dropped a row is an identity: entry number = ordinal. A row that skips an ordinal becomes
+explicit: it stores the ordinal and position of each entry, sorted, and its blocks are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from firstlight.cache.pool import Ids, Pool
+from firstlight.kernels.contract import KVView
+from firstlight.kernels.kv_layout import BLOCK
+
+
+def blocks_for(entries: NDArray[Any] | int) -> Any:
+    """Blocks that hold so many entries."""
+    return -(-entries // BLOCK)
+
+
+class RequestKV:
+    """The table [L, Hkv, max_blocks] of one request over the pool."""
+
+    def __init__(self, pool: Pool, num_layers: int, num_kv_heads: int) -> None:
+        self.pool = pool
+        self.table = np.zeros((num_layers, num_kv_heads, 0), np.int32)
+        self.num_blocks = np.zeros((num_layers, num_kv_heads), np.int64)
+        self.length = np.zeros((num_layers, num_kv_heads), np.int64)
+        self.reserved = 0
+        """Blocks of the pool's reservation that are this request's."""
+        self._explicit: dict[int, tuple[Tensor, Tensor]] = {}
+        """Layer -> (tok, pos) i64 [Hkv, capacity] of explicit rows."""
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.num_blocks.sum()) * self.pool.block_nbytes
+
+    @property
+    def is_identity(self) -> bool:
+        return not self._explicit
+
+    def is_identity_row(self, layer: int) -> bool:
+        return layer not in self._explicit
+
+    # --- blocks ---------------------------------------------------------------------------------------------------
+
+    def missing(self, layers: tuple[int, int], more: int) -> int:
+        """Blocks that rows of these layers lack for `more` entries each."""
+        return int(self._lack(layers, more).sum())
+
+    def provide(self, layers: tuple[int, int], more: int) -> None:
+        """Take the blocks that rows of these layers lack for `more` entries: whole columns while all are alike."""
+        lack = self._lack(layers, more)
+        count = int(lack.sum())
+        if count == 0:
+            return
+        paid = min(count, self.reserved)
+        self.reserved -= paid
+        self.pool.reserved -= paid
+        ids = self.pool.take(count)
+        width = int((self.num_blocks[layers[0] : layers[1]] + lack).max())
+        if width > self.table.shape[2]:
+            grown = np.zeros((*self.table.shape[:2], width), np.int32)
+            grown[:, :, : self.table.shape[2]] = self.table
+            self.table = grown
+        column = np.arange(self.table.shape[2])
+        have = self.num_blocks[layers[0] : layers[1], :, None]
+        fresh = (column >= have) & (column < have + lack[:, :, None])
+        self.table[layers[0] : layers[1]][fresh] = ids
+        self.num_blocks[layers[0] : layers[1]] += lack
+
+    def adopt(self, columns: Sequence[Ids], num_tokens: int) -> None:
+        """Begin with shared columns [L, Hkv] each, which hold the first `num_tokens` ordinals."""
+        assert self.table.shape[2] == 0, "only an empty table adopts"
+        if columns:
+            self.table = np.stack(columns, axis=2)
+            self.num_blocks[:] = len(columns)
+            self.length[:] = num_tokens
+
+    def copy_column(self, source: Ids, num_tokens: int) -> None:
+        """Append a copy of a column [L, Hkv] of which the first entries count: the table then holds `num_tokens`."""
+        self.provide((0, self.table.shape[0]), num_tokens - int(self.length[0, 0]))
+        target = self.table[:, :, -1]
+        self.pool.layout.copy(_long(source), _long(target))
+        self.length[:] = num_tokens
+
+    def column(self, number: int) -> Ids:
+        """The L x Hkv blocks of the same 64 tokens."""
+        return np.ascontiguousarray(self.table[:, :, number])
+
+    def reserve(self, blocks: int) -> None:
+        """Set the promise to `blocks` (admission, or less after a cut)."""
+        self.pool.reserved += blocks - self.reserved
+        self.reserved = blocks
+
+    def release(self) -> None:
+        """Give everything back."""
+        self.reserve(0)
+        self.pool.release(self.table.ravel())
+        self.table = self.table[:, :, :0]
+        self.num_blocks[:] = 0
+        self.length[:] = 0
+        self._explicit.clear()
+
+    # --- cells ----------------------------------------------------------------------------------------------------
+
+    def write(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending); the blocks have been provided."""
+        if len(tok) == 0:
+            return
+        first, last, length = int(tok[0]), int(tok[-1]), int(self.length[layer, 0])
+        if layer not in self._explicit:
+            if last - first + 1 == len(tok) and first <= length:
+                self._put(layer, None, tok.numpy(), k, v)
+                self.length[layer] = max(length, last + 1)
+                return
+            self._make_explicit(layer)
+        for head in range(k.shape[1]):
+            self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
+
+    def keep(self, layer: int, idx: Sequence[Tensor]) -> None:
+        """Only entries idx[h] (i64, ascending) of each head stay; blocks left over are freed."""
+        if layer not in self._explicit:
+            self._make_explicit(layer)
+        tok, pos = self._explicit[layer]
+        for head, chosen in enumerate(idx):
+            places = chosen.numpy()
+            k, v = self.pool.layout.read(_long(self._slots(layer, head, places)))
+            old_tok, old_pos = tok[head, chosen], pos[head, chosen]
+            self._rewrite(layer, head, 0, old_tok, old_pos, k, v)
+            self._trim(layer, head)
+
+    def view(self, layer: int, visible: Tensor | None = None) -> KVView:
+        """What kernels read of one layer; `visible`: ordinals i64 [m] that this pass may read, None = all."""
+        used = int(self.num_blocks[layer].max())
+        table = torch.from_numpy(self.table[layer, :, :used])
+        length = self.length[layer].tolist()
+        tok, pos = self._explicit.get(layer, (None, None))
+        mask = None if visible is None else torch.isin(self.ordinals(layer), visible)
+        return KVView(table, length, tok, pos, mask)
+
+    def ordinals(self, layer: int) -> Tensor:
+        """i64 [Hkv, max length] of each entry; beyond a head's length the values mean nothing."""
+        longest = int(self.length[layer].max())
+        if layer in self._explicit:
+            return self._explicit[layer][0][:, :longest]
+        return torch.arange(longest).expand(self.length.shape[1], longest)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _lack(self, layers: tuple[int, int], more: int) -> NDArray[np.int64]:
+        lo, hi = layers
+        lack = blocks_for(self.length[lo:hi] + more) - self.num_blocks[lo:hi]
+        return np.asarray(np.maximum(lack, 0))
+
+    def _slots(self, layer: int, head: int | None, entry: NDArray[Any]) -> NDArray[np.int64]:
+        """Slot numbers of entries: [n] of one head, [n, Hkv] of all."""
+        block, place = entry // BLOCK, entry % BLOCK
+        if head is None:
+            return np.asarray(self.table[layer][:, block].T.astype(np.int64) * BLOCK + place[:, None])
+        return np.asarray(self.table[layer, head][block].astype(np.int64) * BLOCK + place)
+
+    def _put(self, layer: int, head: int | None, entry: NDArray[Any], k: Tensor, v: Tensor) -> None:
+        """Write at entry numbers, copying shared blocks first."""
+        if len(entry) == 0:
+            return
+        self._own(layer, head, int(entry.min()) // BLOCK, int(entry.max()) // BLOCK + 1)
+        slots = _long(self._slots(layer, head, entry)).view(-1)
+        dim = k.shape[-1]
+        self.pool.layout.write(slots, k.reshape(-1, dim), v.reshape(-1, dim))
+
+    def _own(self, layer: int, head: int | None, first: int, end: int) -> None:
+        """Blocks [first, end) of a row must not be shared: copy those that are."""
+        heads = slice(None) if head is None else slice(head, head + 1)
+        part = self.table[layer, heads, first:end]
+        shared = self.pool.shared(part) & (part > 0)
+        if not shared.any():
+            return
+        old = part[shared]
+        new = self.pool.take(len(old))
+        self.pool.layout.copy(_long(old), _long(new))
+        part[shared] = new
+        self.pool.release(old)
+
+    def _make_explicit(self, layer: int) -> None:
+        tok = self.ordinals(layer).clone()
+        self._explicit[layer] = (tok, tok.clone())
+
+    def _upsert(self, layer: int, head: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Known ordinals are overwritten; new ones are appended, or sorted into the row's tail."""
+        n = int(self.length[layer, head])
+        have = self._explicit[layer][0][head, :n]
+        at = torch.searchsorted(have, tok)
+        known = torch.zeros(len(tok), dtype=torch.bool)
+        known[at < n] = have[at[at < n]] == tok[at < n]
+        self._put(layer, head, at[known].numpy(), k[known], v[known])
+        new = ~known
+        if bool(new.any()):
+            self._insert(layer, head, int(at[new][0]), tok[new], pos[new], k[new], v[new])
+
+    def _insert(self, layer: int, head: int, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Merge new entries with those from entry `at` on."""
+        n = int(self.length[layer, head])
+        old_tok, old_pos = (t[head, at:n] for t in self._explicit[layer])
+        old_k, old_v = self.pool.layout.read(_long(self._slots(layer, head, np.arange(at, n))))
+        order = torch.argsort(torch.cat([old_tok, tok]))
+        joined = (torch.cat(pair)[order] for pair in ((old_tok, tok), (old_pos, pos), (old_k, k), (old_v, v)))
+        self._rewrite(layer, head, at, *joined)
+
+    def _rewrite(self, layer: int, head: int, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Entries from `at` on become these; the row ends with them."""
+        end = at + len(tok)
+        stored = self._explicit[layer]
+        if end > stored[0].shape[1]:
+            room = max(end, 2 * stored[0].shape[1]) - stored[0].shape[1]
+            stored = (torch.nn.functional.pad(stored[0], (0, room)), torch.nn.functional.pad(stored[1], (0, room)))
+            self._explicit[layer] = stored
+        stored[0][head, at:end], stored[1][head, at:end] = tok, pos
+        self._put(layer, head, np.arange(at, end), k, v)
+        self.length[layer, head] = end
+
+    def _trim(self, layer: int, head: int) -> None:
+        """Free the blocks behind the row's last entry."""
+        needed = int(blocks_for(int(self.length[layer, head])))
+        self.pool.release(self.table[layer, head, needed:])
+        self.table[layer, head, needed:] = 0
+        self.num_blocks[layer, head] = needed
+
+
+def _long(ids: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(ids).astype(np.int64)).view(-1)

@@ -1,0 +1,32 @@
+"""What reuse/ and engine/ ask of the block pool. Block numbers are i32 numpy arrays; 0 is nobody's block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class BlockPool(Protocol):
+    """Counts who holds a block: requests by number, the prefix cache by a mark."""
+
+    def hold(self, ids: NDArray[Any]) -> None:
+        """One request more holds these blocks."""
+        ...
+
+    def release(self, ids: NDArray[Any]) -> None:
+        """One request fewer; what nobody holds and no cache marks is free."""
+        ...
+
+    def mark(self, ids: NDArray[Any]) -> None:
+        """The cache keeps these blocks."""
+        ...
+
+    def unmark(self, ids: NDArray[Any]) -> None:
+        """The cache lets these blocks go."""
+        ...
+
+    def is_held(self, ids: NDArray[Any]) -> bool:
+        """Whether a request holds any of them."""
+        ...

@@ -1,0 +1,87 @@
+"""The flat ragged batch of one pass: rows of all its members, one after the other, changing only at layers.
+
+Prefill chunks, decode rows and packed prompts are the same rows. Members of one planner lie together, so that one
+attention call serves them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from firstlight.core.parts import RequestRows
+from firstlight.core.schedule import Segment
+from firstlight.engine.live import LiveRequest
+from firstlight.engine.rates import padded
+
+
+@dataclass(slots=True)
+class Member:
+    """One segment's rows: `x` [n, D] are views into the batch while they are in it."""
+
+    live: LiveRequest
+    segment: Segment
+    tok: Tensor
+    """i64 [n] ordinals, ascending."""
+    pos: Tensor
+    x: Tensor
+    visible: Tensor | None = None
+    """Ordinals that this layer's pass may read; None = all."""
+    lo: int = 0
+
+    @property
+    def hi(self) -> int:
+        return self.lo + len(self.tok)
+
+    @property
+    def decode(self) -> bool:
+        return self.segment.kind == "decode"
+
+    @property
+    def final(self) -> bool:
+        """Whether the last prompt row is in this pass."""
+        return self.decode or self.segment.tok[1] >= self.live.num_prompt
+
+    def rows(self) -> RequestRows:
+        return RequestRows(self.x, self.tok, self.pos)
+
+    def select(self, mask: Tensor) -> None:
+        """Only rows of bool [n] stay."""
+        self.tok, self.pos, self.x = self.tok[mask], self.pos[mask], self.x[mask]
+
+    def insert(self, tok: Tensor, x: Tensor) -> None:
+        """More rows, sorted in by ordinal."""
+        order = torch.argsort(torch.cat([self.tok, tok]))
+        self.tok = torch.cat([self.tok, tok])[order]
+        self.pos = torch.cat([self.pos, tok])[order]
+        self.x = torch.cat([self.x, x])[order]
+
+
+class Batch:
+    """x [N, D] and what travels with each row. The buffer has a few zero rows more, so that blocks can be padded."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self.members = sorted(members, key=_order)
+        self.n = sum(len(m.tok) for m in members)
+        dim, dtype = members[0].x.shape[1], members[0].x.dtype
+        self.x = torch.zeros(padded(max(self.n, 1)), dim, dtype=dtype)
+        self.tok = torch.cat([m.tok for m in self.members])
+        self.pos = torch.cat([m.pos for m in self.members])
+        lo = 0
+        for member in self.members:
+            hi = lo + len(member.tok)
+            self.x[lo:hi] = member.x
+            member.x, member.lo = self.x[lo:hi], lo
+            lo = hi
+
+    def groups(self) -> list[list[Member]]:
+        """Members that one attention call serves: all without a planner together, each with one alone."""
+        plain = [m for m in self.members if m.live.planner is None]
+        return ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
+
+
+def _order(member: Member) -> tuple[bool, bool]:
+    """Those without a planner first; prefill rows before decode rows."""
+    return (member.live.planner is not None, member.decode)

@@ -1,0 +1,65 @@
+"""From options and weights to an engine that is ready to run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from firstlight.cache.pool import Pool
+from firstlight.core.config import Options, as_method
+from firstlight.core.errors import UserError
+from firstlight.core.registry import make_parts, make_schedule
+from firstlight.core.view import ViewConfig
+from firstlight.engine.engine import Engine, Limits
+from firstlight.engine.eventlog import EventLog
+from firstlight.engine.forward import Machine
+from firstlight.engine.memory import num_blocks
+from firstlight.engine.park import ParkStore
+from firstlight.kernels.dispatch import backend
+from firstlight.kernels.kv_layout import BLOCK, KVLayout
+from firstlight.models.config import ModelConfig
+from firstlight.models.families import build_model
+from firstlight.reuse.prefix import PrefixCache
+
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+
+def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Options, digest: str) -> Engine:
+    """An engine over a model's weights (in the options' precision). Raises UserError on settings that can't be."""
+    ops = backend("torch")
+    parts = make_parts(options.methods)
+    model = build_model(config, weights, ops)
+    if options.deterministic and (broken := ops.dependent_linears(model.linears)):
+        raise UserError(
+            f"--deterministic can't hold: {', '.join(sorted(broken))} change bits with rows or threads; "
+            "start a fresh process, so that the instruction set can be capped before the first operator"
+        )
+    max_len = min(options.max_model_len or config.max_context, config.max_context)
+    column = config.num_layers * config.num_kv_heads
+    block_nbytes = KVLayout.block_nbytes(config.head_dim, model.dtype)
+    total = num_blocks(options, max_len, column, block_nbytes, BLOCK)
+    pool = Pool(total, config.head_dim, model.dtype)
+    method = as_method(options.schedule)
+    view_config = ViewConfig(
+        num_layers=config.num_layers,
+        blocks_per_column=column,
+        total_blocks=total,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=BLOCK,
+        seed=options.seed,
+        schedule={"name": method.name, "settings": dict(method.settings)},
+    )
+    return Engine(
+        Machine(model, ops, ParkStore()),
+        pool,
+        make_schedule(method, view_config),
+        view_config,
+        Limits(max_len, options.seed, options.deterministic, digest),
+        parts,
+        PrefixCache(pool, BLOCK, os.urandom(16)) if options.prefix_cache == "on" else None,
+        EventLog(options.event_log, view_config) if options.event_log else None,
+    )

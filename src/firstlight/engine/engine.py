@@ -1,0 +1,437 @@
+"""The engine's loop: events in, a plan from the policy, units to the executor, tokens out.
+
+A request's states, as the policy's view has them (`core/view.py`):
+
+    add -> waiting -> admitting -> running -> finished
+                ^                    |  cancel, at any moment -> cancelled -> gone
+                +---- preempted <----+
+
+The loop decides nothing about order: whatever runs was in a plan, whatever a policy knows was in an event.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from firstlight.cache.pool import Pool
+from firstlight.cache.table import RequestKV, blocks_for
+from firstlight.core import schedule as told
+from firstlight.core.config import format_bytes
+from firstlight.core.errors import UserError
+from firstlight.core.registry import Part, recipe
+from firstlight.core.request import Request, TokenOutput
+from firstlight.core.schedule import Event, Plan, Policy, WorkUnit, legal
+from firstlight.core.view import View, ViewConfig
+from firstlight.decode.sampling import die, sample
+from firstlight.engine.eventlog import EventLog
+from firstlight.engine.forward import Machine, Pass, Stop
+from firstlight.engine.live import LiveRequest
+from firstlight.reuse.prefix import Hit, PrefixCache
+
+_LEVELS = ("slice", "op", "sublayer", "layer")
+
+
+@dataclass(slots=True)
+class LiveUnit:
+    """A unit that was submitted: its pass, and where the pass stands."""
+
+    unit: WorkUnit
+    work: Pass
+    stops: Iterator[Stop]
+    began: float = 0.0
+    stop_wanted: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests must fit."""
+
+    max_model_len: int
+    seed: int = 0
+    deterministic: bool = False
+    model_digest: str = ""
+
+
+class Engine:
+    """One lane. `add` and `cancel` may be called from any thread; `step` from one."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        pool: Pool,
+        policy: Policy,
+        config: ViewConfig,
+        limits: Limits,
+        parts: Sequence[Part] = (),
+        cache: PrefixCache | None = None,
+        log: EventLog | None = None,
+    ) -> None:
+        self.machine, self.pool, self.policy, self.config, self.limits = machine, pool, policy, config, limits
+        self.parts, self.cache, self.log = list(parts), cache, log
+        self.view = View.start(config)
+        self.on_stop: Callable[[Pass, Stop], None] | None = None
+        """Called at every stop of a pass: progress."""
+        self.overhead_s = 0.0
+        """Time spent deciding, not computing."""
+        self._origin = time.perf_counter()
+        self._inbox: deque[Event] = deque()
+        self._lives: dict[str, LiveRequest] = {}
+        self._queue: deque[LiveUnit] = deque()
+        self._yielded: dict[int, LiveUnit] = {}
+        self._running: LiveUnit | None = None
+        self._wake_at: float | None = None
+        self._outputs: list[TokenOutput] = []
+        self._last_rows = max((p.capability.last_rows for p in parts), default=0)
+        self._publishes = cache is not None and all(p.capability.prefix_stable for p in parts)
+        if cache is not None:
+            pool.reclaim = cache.evict
+            self._root = cache.root(limits.model_digest, str(pool.layout.dtype), recipe(parts))
+
+    # --- what callers use ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._lives)
+
+    def add(self, request: Request) -> LiveRequest:
+        """Queue a request. Raises UserError if it can never run."""
+        tokens, limit = len(request.prompt_ids), self.limits.max_model_len
+        if tokens == 0:
+            raise UserError("the prompt is empty; give at least one token")
+        if tokens >= limit:
+            raise UserError(
+                f"the prompt has {tokens} tokens, the limit is {limit - 1}; shorten it or raise max_model_len"
+            )
+        need = self._blocks(tokens + 1)
+        if need > self.pool.total:
+            have, lack = (format_bytes(n * self.pool.block_nbytes) for n in (self.pool.total, need))
+            raise UserError(f"the prompt's KV needs {lack}, the pool has {have}; give more with --kv-memory")
+        live = self._live(request)
+        capabilities = [p.capability for p in self.parts]
+        self._lives[request.rid] = live
+        self._inbox.append(
+            told.Arrival(
+                rid=request.rid,
+                n_tokens=tokens,
+                n_uncached=tokens,
+                need_blocks=need,
+                max_tokens=request.sampling.max_tokens,
+                whole_prompt=any(c.whole_prompt for c in capabilities),
+                chunk=min((c.chunk for c in capabilities if c.chunk is not None), default=None),
+                barriers=live.barriers,
+                priority=request.priority,
+                tenant=request.tenant,
+                ttft_slo_s=request.ttft_slo_s,
+            )
+        )
+        return live
+
+    def is_live(self, rid: str) -> bool:
+        """Whether anything of a request is left."""
+        return rid in self._lives
+
+    def cancel(self, rid: str) -> None:
+        """Stop a request at the next slice; unknown or finished ones are ignored."""
+        if rid in self._lives:
+            self._inbox.append(told.Cancel(rid))
+
+    def step(self) -> list[TokenOutput]:
+        """Decide if there is something new, then run one unit until it ends or is told to wait. Returns new tokens."""
+        if events := self._drain():
+            self._decide(events)
+        if self._queue:
+            self._run(self._queue.popleft())
+        elif not events and not self._inbox and self._lives:
+            self._sleep()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def close(self) -> None:
+        """Drop everything: passes, requests, cached columns; ends the log."""
+        for live_unit in (*self._queue, *self._yielded.values()):
+            live_unit.stops.close()  # type: ignore[attr-defined]
+        for live in list(self._lives.values()):
+            self._forget(live)
+        if self.cache is not None:
+            self.cache.clear()
+        if self.log is not None:
+            self.log.end()
+
+    # --- deciding -----------------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._origin
+
+    def _drain(self) -> list[Event]:
+        events: list[Event] = []
+        while self._inbox:
+            event = self._inbox.popleft()
+            events.append(event)
+            if isinstance(event, told.Cancel):
+                self._cancel(event.rid)
+        if self._wake_at is not None and self._now() >= self._wake_at:
+            self._wake_at = None
+            events.append(told.Timer())
+        return events
+
+    def _decide(self, events: list[Event]) -> None:
+        began = time.perf_counter()
+        now = self._now()
+        self.view = self.view.after(now, events)
+        plan = self.policy.step(now, events, self.view)
+        self.view = self.view.after_plan(plan)
+        if self.log is not None:
+            self.log.step(now, events, plan)
+        self._apply(plan)
+        self.overhead_s += time.perf_counter() - began
+
+    def _apply(self, plan: Plan) -> None:
+        self._wake_at = plan.wake_at
+        for rid, how in plan.preempt:
+            self._preempt(self._lives[rid], how)
+        for rid in plan.admit:
+            self._admit(self._lives[rid])
+        for uid in plan.yield_:
+            if self._running is not None and self._running.unit.uid == uid:
+                self._running.stop_wanted = True
+        for uid in plan.resume:
+            self._queue.append(self._yielded.pop(uid))
+        for unit in plan.submit:
+            self._submit(unit)
+
+    def _sleep(self) -> None:
+        """Nothing to do before the policy's alarm. Without one, a policy has forgotten somebody."""
+        assert self._wake_at is not None, f"the policy left {sorted(self._lives)} without work"
+        time.sleep(max(0.0, min(self._wake_at - self._now(), 0.05)))
+
+    def _account(self) -> dict[str, Any]:
+        return {"free_blocks": self.pool.available, "parked_bytes": self.machine.park.nbytes}
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _live(self, request: Request) -> LiveRequest:
+        model = self.machine.model.config
+        return LiveRequest(
+            request, RequestKV(self.pool, model.num_layers, model.num_kv_heads), model.num_layers, self.parts
+        )
+
+    def _blocks(self, tokens: int) -> int:
+        return int(blocks_for(tokens)) * self.config.blocks_per_column
+
+    def _admit(self, live: LiveRequest) -> None:
+        """Look the prefix up and pin it, reserve the rest of the prompt's blocks."""
+        if max(live.f) > 0:
+            self._inbox.append(told.Admitted(rid=live.rid, n_cached=live.n_cached, **self._account()))
+            return
+        began = time.perf_counter()
+        hit = self._find(live)
+        held = min(hit.num_tokens, live.num_prompt)
+        whole = hit.columns[: held // self.config.block_size]
+        rest = held % self.config.block_size
+        source = hit.columns[len(whole)] if len(whole) < len(hit.columns) else hit.partial
+        pinned = [column.ravel() for column in (*whole, *([source] if rest and source is not None else []))]
+        for column in pinned:
+            self.pool.hold(column)
+        need = self._blocks(live.num_known + 1) - len(whole) * self.config.blocks_per_column
+        if need > self.pool.available:
+            for column in pinned:
+                self.pool.release(column)
+            need = self._blocks(live.num_known + 1)
+            self._inbox.append(told.NotAdmitted(rid=live.rid, need_blocks=need, **self._account()))
+            return
+        live.kv.adopt(whole, len(whole) * self.config.block_size)
+        live.kv.reserve(need)
+        if rest and source is not None:
+            live.kv.copy_column(source, held)
+            self.pool.release(source.ravel())
+        live.held, live.n_cached = held, max(0, min(held, live.num_prompt - max(1, self._last_rows)))
+        live.f = [live.n_cached] * len(live.f)
+        live.stamps.reuse_s += time.perf_counter() - began
+        self._inbox.append(told.Admitted(rid=live.rid, n_cached=live.n_cached, **self._account()))
+
+    def _find(self, live: LiveRequest) -> Hit:
+        """What the prefix cache holds of a prompt, and why not more."""
+        if self.cache is None:
+            live.miss_reason = "the prefix cache is off"
+            return Hit()
+        if not self._publishes or live.barriers:
+            live.miss_reason = "a method in use makes cells that depend on later tokens"
+            return Hit()
+        hit = self.cache.match(self._root, live.request.prompt_ids)
+        live.miss_reason = hit.reason
+        return hit
+
+    def _preempt(self, live: LiveRequest, how: told.PreemptHow) -> None:
+        for uid, waiting in list(self._yielded.items()):
+            if live in waiting.work.lives:
+                assert len(waiting.work.lives) == 1, "a request that shares a live unit can't be preempted"
+                self._yielded.pop(uid).stops.close()  # type: ignore[attr-defined]
+        need = 0
+        if how == "recompute":
+            live.kv.release()
+            self.machine.park.drop(live.rid)
+            live.restart()
+            need = self._blocks(live.num_known + 1)
+        self._inbox.append(told.Preempted(rid=live.rid, how=how, need_blocks=need, **self._account()))
+
+    def _cancel(self, rid: str) -> None:
+        """Mark a request; if no unit holds it, it is gone at once."""
+        live = self._lives.get(rid)
+        if live is None or live.cancelled:
+            return
+        live.cancelled, live.finish_reason = True, "cancelled"
+        for uid, waiting in list(self._yielded.items()):
+            if waiting.work.is_abandoned:
+                del self._yielded[uid]
+                waiting.stops.close()  # type: ignore[attr-defined]
+                self._inbox.append(told.UnitDone(uid=uid, dur=0.0, **self._account()))
+        running = [self._running] if self._running else []
+        if not any(live in u.work.lives for u in (*running, *self._queue, *self._yielded.values())):
+            self._gone(live)
+
+    def _gone(self, live: LiveRequest) -> None:
+        """A cancelled request leaves."""
+        self._forget(live)
+        self._outputs.append(TokenOutput(live.rid, [], "cancelled"))
+        self._inbox.append(told.Cancelled(rid=live.rid, **self._account()))
+
+    def _forget(self, live: LiveRequest) -> None:
+        live.stamps.finished = time.perf_counter()
+        live.kv_end = live.kv.nbytes
+        live.kv.release()
+        self.machine.park.drop(live.rid)
+        self._lives.pop(live.rid, None)
+
+    # --- units --------------------------------------------------------------------------------------------------------
+
+    def _submit(self, unit: WorkUnit) -> None:
+        for segment in unit.segments:
+            live = self._lives[segment.rid]
+            lawful = legal(live.f, segment, live.barriers, live.num_prompt)
+            assert lawful, f"{segment} breaks the staircase {live.f}"
+            if not live.policies:
+                live.kv.provide(segment.layer, max(segment.tok[1] - int(live.kv.length[segment.layer[0], 0]), 0))
+        work = Pass(self.machine, unit, self._lives)
+        self._queue.append(LiveUnit(unit, work, work.run()))
+
+    @torch.inference_mode()
+    def _run(self, live_unit: LiveUnit) -> None:
+        """Run until the unit ends, is told to wait, or nobody wants it any more."""
+        self._running = live_unit
+        live_unit.began, live_unit.stop_wanted = self._now(), False
+        for live in live_unit.work.lives:
+            live.stamps.first_unit = live.stamps.first_unit or time.perf_counter()
+        for stop in live_unit.stops:
+            if self.on_stop is not None:
+                self.on_stop(live_unit.work, stop)
+            if self._inbox or (self._wake_at is not None and self._now() >= self._wake_at):
+                self._decide(self._drain())
+            if live_unit.work.is_abandoned:
+                live_unit.stops.close()  # type: ignore[attr-defined]
+                break
+            if live_unit.stop_wanted and _may_stop(live_unit.unit, stop):
+                self._wait(live_unit, stop)
+                return
+        self._running = None
+        self._done(live_unit)
+
+    def _wait(self, live_unit: LiveUnit, stop: Stop) -> None:
+        self._running = None
+        self._yielded[live_unit.unit.uid] = live_unit
+        self._inbox.append(
+            told.UnitYielded(
+                uid=live_unit.unit.uid,
+                cursor=(stop.layer, stop.op),
+                dur=self._now() - live_unit.began,
+                **self._account(),
+            )
+        )
+
+    def _done(self, live_unit: LiveUnit) -> None:
+        """Sample, publish, finish; then tell the policy."""
+        lives = live_unit.work.lives
+        prefilled = time.perf_counter()
+        for live in lives:
+            live.kv_peak = max(live.kv_peak, live.kv.nbytes)
+            if not live.stamps.prefilled and live.f[-1] >= live.num_prompt:
+                live.stamps.prefilled = prefilled
+                self._publish(live, live.num_prompt // self.config.block_size * self.config.block_size)
+        sampled = self._sample([live for live in lives if live.rid in live_unit.work.logits], live_unit.work)
+        finished = [live for live in lives if live.finish_reason and not live.cancelled]
+        for live in finished:
+            self._publish(live, live.num_prompt if self.limits.deterministic else live.f[-1])
+            self._forget(live)
+        for cut in live_unit.work.cuts:
+            self._tell_cut(cut.live, cut.layer, cut.tok, cut.n_parked)
+        going = [live for live in lives if live.finish_reason is None]
+        self._inbox.append(
+            told.UnitDone(
+                uid=live_unit.unit.uid,
+                dur=self._now() - live_unit.began,
+                sampled=sampled,
+                grow={live.rid: grow for live in going if (grow := self._grow(live))},
+                finished=tuple(live.rid for live in finished),
+                **self._account(),
+            )
+        )
+        for live in lives:
+            if live.cancelled and live.rid in self._lives:
+                self._gone(live)
+
+    def _sample(self, lives: list[LiveRequest], work: Pass) -> dict[str, int]:
+        """One token for each request whose last row went through the head."""
+        lives = [live for live in lives if not live.cancelled]
+        if not lives:
+            return {}
+        params = [live.request.sampling for live in lives]
+        seeds = [f"{self.limits.seed}:{live.rid}" if p.seed is None else p.seed for live, p in zip(lives, params)]
+        dice = [die(seed, live.num_known) for seed, live in zip(seeds, lives)]
+        logits = torch.stack([work.logits[live.rid] for live in lives])
+        for live, token in zip(lives, sample(logits, params, dice)):
+            self._append(live, token)
+        return {live.rid: 1 for live in lives}
+
+    def _append(self, live: LiveRequest, token: int) -> None:
+        live.ids.append(token)
+        live.stamps.first_token = live.stamps.first_token or time.perf_counter()
+        request = live.request
+        if token in request.eos_ids and not request.sampling.ignore_eos:
+            live.finish_reason = "stop"
+        elif live.num_generated >= request.sampling.max_tokens or live.num_known >= self._most(live):
+            live.finish_reason = "length"
+        self._outputs.append(TokenOutput(live.rid, [token], live.finish_reason))
+
+    def _most(self, live: LiveRequest) -> int:
+        """Tokens at which a request ends: the context, or all that the pool could hold of it alone."""
+        columns = self.pool.total // self.config.blocks_per_column
+        return min(self.limits.max_model_len, columns * self.config.block_size)
+
+    def _grow(self, live: LiveRequest) -> int:
+        """Blocks that the next token's row takes beyond what is reserved."""
+        return max(live.kv.missing((0, len(live.f)), 1) - live.kv.reserved, 0)
+
+    def _publish(self, live: LiveRequest, tokens: int) -> None:
+        if self._publishes and self.cache is not None and live.kv.is_identity and not live.barriers:
+            self.cache.publish(self._root, live.ids[:tokens], live.kv.column)
+
+    def _tell_cut(self, live: LiveRequest, layer: int, tok: torch.Tensor, n_parked: int) -> None:
+        """A cut frees what the layers above it no longer need."""
+        block, layers = self.config.block_size, len(live.f)
+        live.parked_cells += n_parked * (layers - layer - 1)
+        if live.rid not in self._lives:
+            return
+        expected = [live.num_prompt + 1] * (layer + 1) + [len(tok) + 1] * (layers - layer - 1)
+        lack = sum(max(int(blocks_for(n)) - int(b), 0) for n, row in zip(expected, live.kv.num_blocks) for b in row)
+        live.kv.reserve(min(live.kv.reserved, lack))
+        kept = torch.bincount(tok // block, minlength=-(-live.num_prompt // block)).tolist()
+        self._inbox.append(told.Cut(rid=live.rid, layer=layer, kept=tuple(kept), n_parked=n_parked, **self._account()))
+
+
+def _may_stop(unit: WorkUnit, stop: Stop) -> bool:
+    return unit.yield_at != "none" and _LEVELS.index(stop.level) >= _LEVELS.index(unit.yield_at)

@@ -1,0 +1,307 @@
+"""One pass over the layers as a resumable object: the loop that every schedule and every method shares.
+
+`Pass.run` is a generator. Between two of its stops lies at most a slice of predicted work, its locals are the unit's
+scratch, closing it is a cancellation. For each layer: rows join (embedding, or the park store) and before_layer; q k v
+and rotation; on_kv and the upsert; attention with probe sums; after_attend; output projection and MLP; cuts, barriers
+and retention; rows leave (park store, or the head).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firstlight.core.attn import PlanContext
+from firstlight.core.schedule import WorkUnit, YieldAt
+from firstlight.engine.batch import Batch, Member
+from firstlight.engine.cuts import CutTaken, RowCuts
+from firstlight.engine.live import LiveRequest
+from firstlight.engine.park import ParkStore
+from firstlight.engine.probes import Probes
+from firstlight.engine.rates import SLICE_S, Rate, padded
+from firstlight.kernels.contract import AttnCall, AttnRows
+from firstlight.models.llama import Llama
+
+_HEAD_ROWS = 256
+"""Rows of prompt logits made at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A place where a pass can wait: after an operator or a slice of one."""
+
+    level: YieldAt
+    layer: int
+    op: str
+
+
+@dataclass(slots=True)
+class Machine:
+    """What passes run on: the model, the operators, the park store and the measured speeds."""
+
+    model: Llama
+    ops: ModuleType
+    park: ParkStore
+    linear: Rate = field(default_factory=Rate)
+    attention: Rate = field(default_factory=Rate)
+
+
+class Pass:
+    """A work unit under way. After `run` ended: `logits` of requests that sample, `cuts` that were taken."""
+
+    def __init__(self, machine: Machine, unit: WorkUnit, lives: Mapping[str, LiveRequest]) -> None:
+        self.machine, self.unit = machine, unit
+        self.lives = [lives[segment.rid] for segment in unit.segments]
+        self.logits: dict[str, Tensor] = {}
+        self.cuts: list[CutTaken] = []
+        self._row_cuts = RowCuts(machine.park, self.cuts)
+        self._members: list[Member] = []
+        self._batch: Batch | None = None
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Nobody waits for this pass any more."""
+        return all(live.cancelled for live in self.lives)
+
+    def run(self) -> Iterator[Stop]:
+        first = min(segment.layer[0] for segment in self.unit.segments)
+        last = max(segment.layer[1] for segment in self.unit.segments)
+        for layer in range(first, last):
+            self._join(layer)
+            if self._members:
+                yield from self._layer(layer)
+                yield from self._leave(layer + 1)
+            yield Stop("layer", layer, "end")
+
+    # --- rows come and go ---------------------------------------------------------------------------------------------
+
+    def _join(self, layer: int) -> None:
+        """Rows of segments that begin here; those of cancelled requests leave."""
+        fresh = [
+            self._enter(live, i, layer)
+            for i, live in enumerate(self.lives)
+            if self.unit.segments[i].layer[0] == layer and not live.cancelled
+        ]
+        stay = [m for m in self._members if not m.live.cancelled]
+        if fresh or len(stay) < len(self._members):
+            self._members, self._batch = stay + fresh, None
+
+    def _enter(self, live: LiveRequest, i: int, layer: int) -> Member:
+        segment = self.unit.segments[i]
+        tok = torch.arange(*segment.tok)
+        if layer > 0:
+            tok, x = self.machine.park.take(live.rid, layer, tok, "waiting")
+            return Member(live, segment, tok, tok, x if len(tok) else self.machine.model.embed(tok))
+        for policy, context in zip(live.policies, live.contexts):
+            mask = policy.rows0(tok, context)
+            tok = tok if mask is None else tok[mask | (tok == live.num_prompt - 1)]
+        x = self.machine.model.embed(torch.tensor(live.ids[segment.tok[0] : segment.tok[1]])[tok - segment.tok[0]])
+        return Member(live, segment, tok, tok, x)
+
+    def _leave(self, layer: int) -> Iterator[Stop]:
+        """Segments that end before `layer`: rows wait there, or go through the head."""
+        done = [m for m in self._members if m.segment.layer[1] == layer]
+        for member in done:
+            live, (first, end) = member.live, member.segment.layer
+            live.f[first:end] = [member.segment.tok[1]] * (end - first)
+            if layer < len(live.f):
+                self.machine.park.put(live.rid, layer, member.tok, member.x, "waiting")
+                self._row_cuts.at_barrier(live, layer - 1, None)
+            else:
+                yield from self._head(member)
+        if done:
+            self._members, self._batch = [m for m in self._members if m not in done], None
+
+    def _head(self, member: Member) -> Iterator[Stop]:
+        """Logits of the rows asked for, in row blocks; the last known row's are for sampling."""
+        live, model = member.live, self.machine.model
+        request = live.request
+        if len(member.tok) and int(member.tok[-1]) == live.num_known - 1:
+            self.logits[live.rid] = model.head(member.x[-1:])[0]
+        if request.logits_at is None or request.logits_sink is None:
+            return
+        wanted = member.tok < live.num_prompt
+        if request.logits_at != "all":
+            wanted &= torch.isin(member.tok, torch.tensor(list(request.logits_at)))
+        tok, x = member.tok[wanted], member.x[wanted]
+        for a in range(0, len(tok), _HEAD_ROWS):
+            request.logits_sink(tok[a : a + _HEAD_ROWS], model.head(x[a : a + _HEAD_ROWS]))
+            yield Stop("slice", len(live.f), "head")
+
+    # --- one layer ----------------------------------------------------------------------------------------------------
+
+    def _layer(self, layer: int) -> Iterator[Stop]:
+        aside = self._before(layer)
+        batch = self._batch = self._batch or Batch(self._members)
+        config = self.machine.model.config
+        rows = batch.x.shape[0]
+        q = torch.empty(rows, config.num_heads, config.head_dim, dtype=batch.x.dtype)
+        kv = torch.empty(2, rows, config.num_kv_heads, config.head_dim, dtype=batch.x.dtype)
+        yield from self._qkv(layer, batch, q, kv)
+        for m in batch.members:
+            self._row_cuts.on_kv(m, layer, kv[0, m.lo : m.hi], kv[1, m.lo : m.hi])
+            self._write(layer, m, kv[0, m.lo : m.hi], kv[1, m.lo : m.hi])
+        attended = torch.zeros_like(q)
+        probes = Probes(layer, batch)
+        yield from self._attend(layer, batch, q, attended, probes)
+        for m in batch.members:
+            self._row_cuts.after_attend(m, layer, probes.obs(m))
+        yield Stop("sublayer", layer, "attend")
+        yield from self._finish(layer, batch, attended)
+        self._after(layer, batch, probes, aside)
+        yield Stop("sublayer", layer, "mlp")
+
+    def _before(self, layer: int) -> list[tuple[Member, Tensor, Tensor]]:
+        """Row policies as rows enter: revived rows come in, skipping rows are set aside for this layer."""
+        aside = []
+        for member in self._members:
+            entered = self._row_cuts.before_layer(member, layer)
+            if entered is not None:
+                self._batch = None
+                aside += [(member, *entered)] if len(entered[0]) else []
+        return aside
+
+    def _blocks(self, batch: Batch, work: float) -> Iterator[tuple[int, int]]:
+        """Row blocks of at most a slice of predicted work; the last one reaches into the padding."""
+        step = self.machine.linear.rows(work)
+        for lo in range(0, batch.n, step):
+            yield lo, min(lo + step, lo + padded(batch.n - lo))
+
+    def _qkv(self, layer: int, batch: Batch, q: Tensor, kv: Tensor) -> Iterator[Stop]:
+        model = self.machine.model
+        pos = torch.nn.functional.pad(batch.pos, (0, batch.x.shape[0] - batch.n))
+        cos, sin = model.rope(pos)
+        for lo, hi in self._blocks(batch, model.layer_flops):
+            q[lo:hi], kv[0, lo:hi], kv[1, lo:hi] = model.qkv(layer, batch.x[lo:hi], cos[lo:hi], sin[lo:hi])
+            yield Stop("slice", layer, "qkv")
+        yield Stop("op", layer, "qkv")
+
+    def _write(self, layer: int, m: Member, k: Tensor, v: Tensor) -> None:
+        """Upsert the member's cells, but for those that were exact before."""
+        live = m.live
+        new = int((m.tok < live.held).sum()) if live.held else 0
+        tok = m.tok[new:]
+        live.kv.provide((layer, layer + 1), _beyond(live, layer, tok))
+        live.kv.write(layer, tok, m.pos[new:], k[new:], v[new:])
+        if not m.decode:
+            live.computed += len(m.tok)
+
+    def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes) -> Iterator[Stop]:
+        ops, rate = self.machine.ops, self.machine.attention
+        for members in batch.groups():
+            call = self._call(layer, members, q, out, probes)
+            for r0, r1, work in _slices(ops.attend_work(call, 0, call.q.shape[0]), rate):
+                began = time.perf_counter()
+                ops.attend(call, r0, r1)
+                rate.observe(work, time.perf_counter() - began)
+                yield Stop("slice", layer, "attend")
+            self._count(members, call)
+
+    def _call(self, layer: int, members: Sequence[Member], q: Tensor, out: Tensor, probes: Probes) -> AttnCall:
+        """The attention call of members that lie together in the batch."""
+        lo, hi = members[0].lo, members[-1].hi
+        assert self._batch is not None
+        rows = AttnRows(
+            [m.lo - lo for m in members] + [hi - lo],
+            self._batch.tok[lo:hi],
+            self._batch.pos[lo:hi],
+            [m.decode for m in members],
+        )
+        model, only = self.machine.model, members[0]
+        plan = None if only.live.planner is None else only.live.planner.plan(self._plan_context(layer, only, q))
+        return AttnCall(
+            q=q[lo:hi],
+            rows=rows,
+            layout=only.live.kv.pool.layout,
+            kv=[m.live.kv.view(layer, m.visible) for m in members],
+            out=out[lo:hi],
+            scale=model.scale,
+            plan=plan,
+            probe=probes.rows(members),
+        )
+
+    def _plan_context(self, layer: int, m: Member, q: Tensor) -> PlanContext:
+        live = m.live
+
+        def keys() -> Tensor:
+            view = live.kv.view(layer)
+            return live.kv.pool.layout.read_blocks(view.table)[0][:, : max(view.length)]
+
+        return PlanContext(
+            layer=layer,
+            q=q[m.lo : m.hi],
+            tok=m.tok,
+            pos=m.pos,
+            num_kv_heads=self.machine.model.config.num_kv_heads,
+            prompt_len=live.num_prompt,
+            is_last_chunk=m.final,
+            keys=keys,
+            state=live.planner_state,
+        )
+
+    def _count(self, members: Sequence[Member], call: AttnCall) -> None:
+        """Density is reported for prompts: their requests have a call of their own, or read everything."""
+        for i, m in enumerate(members):
+            if not m.decode:
+                share = (
+                    int((call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]] + 1).sum()) * call.q.shape[1]
+                )
+                m.live.stats.dense += share
+                m.live.stats.visible += share if len(members) > 1 or call.plan is None else call.stats.visible
+
+    def _finish(self, layer: int, batch: Batch, attended: Tensor) -> Iterator[Stop]:
+        model, rate = self.machine.model, self.machine.linear
+        for lo, hi in self._blocks(batch, model.layer_flops):
+            began = time.perf_counter()
+            batch.x[lo:hi] = model.finish(layer, batch.x[lo:hi], attended[lo:hi])
+            rate.observe(model.layer_flops * (hi - lo), time.perf_counter() - began)
+            yield Stop("slice", layer, "mlp")
+
+    def _after(self, layer: int, batch: Batch, probes: Probes, aside: list[tuple[Member, Tensor, Tensor]]) -> None:
+        """Cuts take effect, rows that skipped come back, barriers and retention decide."""
+        for m in batch.members:
+            live = m.live
+            if self._row_cuts.apply(m, layer):
+                self._batch = None
+            if live.retention is not None and m.final and not m.decode:
+                self._retain(layer, m, probes.obs(m))
+        for m, tok, x in aside:
+            m.insert(tok, x)
+            self._batch = None
+        for m in batch.members:
+            if m.segment.layer[1] > layer + 1 and self._row_cuts.at_barrier(m.live, layer, m):
+                self._batch = None
+
+    def _retain(self, layer: int, m: Member, obs: Any) -> None:
+        live = m.live
+        assert live.retention is not None
+        live.retention_context.final = True
+        tok, length = live.kv.ordinals(layer), live.kv.length[layer].tolist()
+        keep = live.retention.after_layer(layer, tok, length, obs, live.retention_context)
+        if keep is not None:
+            live.kv.keep(layer, keep.idx)
+
+
+def _beyond(live: LiveRequest, layer: int, tok: Tensor) -> int:
+    """Entries that writing these ordinals adds at most to a row of the layer."""
+    if live.kv.is_identity_row(layer):
+        return max(int(tok[-1]) + 1 - int(live.kv.length[layer, 0]), 0) if len(tok) else 0
+    return len(tok)
+
+
+def _slices(tiles: Sequence[tuple[int, float]], rate: Rate) -> Iterator[tuple[int, int, float]]:
+    """Join tiles (end row, operations) into slices (first row, end row, operations) of at most SLICE_S predicted."""
+    begin, end, work = 0, 0, 0.0
+    for tile_end, tile_work in tiles:
+        if end > begin and (work + tile_work) / rate.per_second > SLICE_S:
+            yield begin, end, work
+            begin, work = end, 0.0
+        end, work = tile_end, work + tile_work
+    if end > begin:
+        yield begin, end, work

@@ -1,0 +1,78 @@
+"""A request inside the engine: its tokens, its K/V, its staircase, and the stamps from which its report is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from firstlight.cache.table import RequestKV
+from firstlight.core.attn import Planner
+from firstlight.core.parts import PartContext, Retention, RowPolicy
+from firstlight.core.registry import Part
+from firstlight.core.request import FinishReason, Request
+from firstlight.kernels.contract import AttnStats
+
+
+@dataclass(slots=True)
+class Stamps:
+    """Seconds on the engine's clock; 0 = not yet."""
+
+    arrived: float = field(default_factory=time.perf_counter)
+    reuse_s: float = 0.0
+    first_unit: float = 0.0
+    prefilled: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+
+
+class LiveRequest:
+    """State of one request from arrival to end."""
+
+    def __init__(self, request: Request, kv: RequestKV, num_layers: int, parts: Sequence[Part]) -> None:
+        self.request, self.rid, self.kv = request, request.rid, kv
+        self.ids = list(request.prompt_ids)
+        self.num_prompt = len(self.ids)
+        self.cancelled = False
+        self.finish_reason: FinishReason | None = None
+        self.stamps = Stamps()
+        self.policies: list[RowPolicy] = [p.impl for p in parts if p.seam == "tokens"]
+        self.planner: Planner | None = next((p.impl for p in parts if p.seam == "attention"), None)
+        self.retention: Retention | None = next((p.impl for p in parts if p.seam == "cache"), None)
+        self.barriers = tuple(sorted({c for policy in self.policies for c in policy.barriers()}))
+        self.miss_reason = ""
+        self.kv_peak = self.kv_end = 0
+        self.num_preempted = 0
+        self._start(num_layers)
+
+    def _start(self, num_layers: int) -> None:
+        self.f = [0] * num_layers
+        self.n_cached = 0
+        self.held = 0
+        """Ordinals below this have exact cells: a row of theirs is computed for its output and not written."""
+        self.computed = 0
+        """Prompt cells computed so far."""
+        self.parked_cells = 0
+        self.contexts = [PartContext(self.rid, self.num_prompt, num_layers, ids=self.ids) for _ in self.policies]
+        self.retention_context = PartContext(self.rid, self.num_prompt, num_layers, ids=self.ids)
+        self.planner_state: dict[str, Any] = {}
+        self.colsum: dict[int, Tensor] = {}
+        """Layer -> probe sums so far."""
+        self.stats = AttnStats()
+
+    def restart(self) -> None:
+        """Forget everything that a recompute makes anew; generated tokens are kept."""
+        self.num_preempted += 1
+        self._start(len(self.f))
+
+    @property
+    def num_known(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.ids) - self.num_prompt

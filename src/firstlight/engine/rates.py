@@ -1,0 +1,33 @@
+"""How fast this machine really is at the two kinds of work, learned while it works: sizes slices of a pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SLICE_S = 0.02
+"""No stretch of a pass between two stops is predicted to take longer."""
+_BLOCKS = (2048, 1024, 512, 256, 128, 64)
+_FIRST_GUESS = 5e10
+"""Operations a second before anything was measured: slow, so that first slices are short."""
+_MEMORY = 0.7
+
+
+@dataclass(slots=True)
+class Rate:
+    """Operations a second, a moving mean over what was observed."""
+
+    per_second: float = _FIRST_GUESS
+
+    def observe(self, work: float, seconds: float) -> None:
+        if work > 1e8 and seconds > 0:
+            self.per_second = _MEMORY * self.per_second + (1 - _MEMORY) * work / seconds
+
+    def rows(self, work_per_row: float) -> int:
+        """The largest block of rows that fits a slice; few sizes, since each new one costs the linears set-up time."""
+        allowed = SLICE_S * self.per_second / work_per_row
+        return next((b for b in _BLOCKS if b <= allowed), _BLOCKS[-1])
+
+
+def padded(rows: int) -> int:
+    """Rows that a block really runs with: a few counts only, and enough that linears keep a row's bits."""
+    return max(4, 1 << (rows - 1).bit_length()) if rows < 64 else -(-rows // 64) * 64

@@ -1,0 +1,232 @@
+"""The Python API: a model, prompts in, completions out.
+
+llm = LLM("smollm2")
+print(llm.chat([{"role": "user", "content": "Why is the sky blue?"}])[0].text)
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from firstlight.core.config import Options
+from firstlight.core.errors import UserError
+from firstlight.core.request import Completion, Request, SamplingParams
+from firstlight.engine.build import DTYPES, build_engine
+from firstlight.engine.forward import Pass, Stop
+from firstlight.engine.live import LiveRequest
+from firstlight.engine.report import report
+from firstlight.kernels.dispatch import cap_instruction_set
+from firstlight.models.weights.checkpoint import open_checkpoint
+from firstlight.models.weights.hub import resolve
+from firstlight.models.weights.store import load_weights
+from firstlight.prompt.chat import render_chat
+from firstlight.prompt.detokenize import Detokenizer
+from firstlight.prompt.tokenizer import Tokenizer
+
+SCHEMA_VERSION = 1
+Messages = list[dict[str, Any]]
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far long work is: weights loaded (0..1), or prompt tokens through the model (layers count in parts)."""
+
+    phase: Literal["load", "prefill", "decode"]
+    done: float
+    total: float
+    rid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """New text and tokens of a stream; the last one brings the completion."""
+
+    text: str
+    token_ids: list[int]
+    completion: Completion | None = None
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A request under way, seen from outside."""
+
+    live: LiveRequest
+    detokenizer: Detokenizer
+    tokenize_s: float
+    text: str = ""
+
+
+class LLM:
+    """A model that answers prompts. Options are those of `firstlight run --help`, as keywords.
+
+    Raises UserError on a wrong model, option or prompt. One thread at a time; `close` frees everything.
+    """
+
+    def __init__(
+        self, model: str | Path, *, progress: Callable[[Progress], None] | None = None, **options: Any
+    ) -> None:
+        began = time.perf_counter()
+        self._progress = progress or (lambda _: None)
+        self.options = _options(options)
+        if self.options.deterministic:
+            cap_instruction_set()
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        path = resolve(str(model))
+        checkpoint = open_checkpoint(path)
+        self.model_name, self.config = str(model), checkpoint.config
+        self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
+        weights = load_weights(
+            checkpoint,
+            DTYPES[self.options.precision],
+            progress=lambda share: self._progress(Progress("load", share, 1.0)),
+        )
+        self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest)
+        self.engine.on_stop = self._on_stop
+        self._answers: dict[str, _Answer] = {}
+        self._numbers = itertools.count()
+        self.load_s = time.perf_counter() - began
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Complete texts or token ids, all in one batch; answers in the order of the prompts."""
+        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        given = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(given) != len(many):
+            raise UserError(f"{len(many)} prompts came with {len(given)} sampling params; give one, or one for each")
+        return self._complete([(p, q or SamplingParams()) for p, q in zip(many, given)])  # type: ignore[misc]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Answer one conversation ({"role", "content"} messages) or several."""
+        many = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        return self.generate([self.encode_chat(m) for m in many], params)  # type: ignore[arg-type]
+
+    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """One answer, piece by piece; a list of messages is a conversation. Closing the iterator cancels."""
+        chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+        ids: Any = self.encode_chat(prompt) if chat else prompt  # type: ignore[arg-type]
+        rid = self._add(ids, params or SamplingParams())
+        try:
+            while rid in self._answers:
+                for answered, chunk in self._step():
+                    if answered == rid:
+                        yield chunk
+        finally:
+            self._abandon([rid])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as `generate` makes them."""
+        return [*self.tokenizer.bos_ids, *self.tokenizer.encode(text)]
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation, up to where the model answers. Raises UserError without a chat template."""
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise UserError(f"{self.model_name} has no chat template; use --raw, or generate() with a plain text")
+        return self.tokenizer.encode(render_chat(template, messages), special=True)
+
+    def close(self) -> None:
+        """Free the KV, end the event log."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _complete(self, work: Sequence[tuple[Prompt, SamplingParams]]) -> list[Completion]:
+        rids: list[str] = []
+        done: dict[str, Completion] = {}
+        try:
+            for prompt, params in work:
+                rids.append(self._add(prompt, params))
+            while len(done) < len(rids):
+                done |= {rid: chunk.completion for rid, chunk in self._step() if chunk.completion is not None}
+        finally:
+            self._abandon(rids)
+        return [done[rid] for rid in rids]
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
+        began = time.perf_counter()
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+            raise UserError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}; check the ids")
+        rid = f"r{next(self._numbers)}"
+        live = self.engine.add(Request(rid, ids, params, eos_ids=self.tokenizer.eos_ids))
+        self._answers[rid] = _Answer(live, Detokenizer(self.tokenizer), live.stamps.arrived - began)
+        return rid
+
+    def _step(self) -> Iterator[tuple[str, StreamChunk]]:
+        """One step of the engine, its tokens turned to text."""
+        for output in self.engine.step():
+            answer = self._answers.get(output.rid)
+            if answer is None:
+                continue
+            shown = [i for i in output.new_ids if i not in self.tokenizer.eos_ids]
+            text = answer.detokenizer.push(shown)
+            completion = None
+            if output.finish_reason is not None:
+                text += answer.detokenizer.flush()
+                completion = self._finish(output.rid, answer.text + text)
+            answer.text += text
+            yield output.rid, StreamChunk(text, output.new_ids, completion)
+
+    def _finish(self, rid: str, text: str) -> Completion:
+        answer = self._answers.pop(rid)
+        live, facts = answer.live, report(answer.live, self.engine.parts)
+        facts["timings"] = {"load_s": self.load_s, "tokenize_s": answer.tokenize_s} | facts["timings"]
+        facts["ttft_s"] += answer.tokenize_s
+        head = {"schema_version": SCHEMA_VERSION, "model": self.model_name, "text": text}
+        settings = asdict(self.options)
+        facts = head | facts | {"settings": settings | {"sampling": asdict(live.request.sampling)}}
+        ids = live.ids[live.num_prompt :]
+        return Completion(list(live.request.prompt_ids), ids, text, live.finish_reason or "error", facts)
+
+    def _abandon(self, rids: Sequence[str]) -> None:
+        """Whatever is still under way of these is cancelled, and gone when this returns."""
+        left = [rid for rid in rids if self._answers.pop(rid, None) is not None]
+        for rid in left:
+            self.engine.cancel(rid)
+        while any(self.engine.is_live(rid) for rid in left):
+            self.engine.step()
+
+    def _on_stop(self, work: Pass, stop: Stop) -> None:
+        layers = self.config.num_layers
+        for live, segment in zip(work.lives, work.unit.segments):
+            if segment.kind == "prefill":
+                (t0, t1), done = segment.tok, min(stop.layer + (stop.level == "layer"), layers) / layers
+                self._progress(Progress("prefill", t0 + (t1 - t0) * done, live.num_prompt, live.rid))
+
+
+def _is_ids(prompts: Any) -> bool:
+    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
+
+
+def _options(given: dict[str, Any]) -> Options:
+    given = dict(given)
+    if "methods" in given:
+        given["method"] = given.pop("methods")
+    known = Options.__dataclass_fields__
+    for key in given:
+        if key not in known:
+            raise UserError(f"no option is called {key!r}; choose one of: {', '.join(known)}")
+    return replace(Options(), **given)

@@ -1,0 +1,85 @@
+"""The llama family: SmolLM2, Llama 2 and 3, Mistral. Layer math on blocks of rows; the executor owns the loop.
+
+A layer is two halves around attention: `qkv` (norm, projections, rotation) and `finish` (output projection, MLP). Both
+are row-local: a row's result doesn't depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from firstlight.models.config import ModelConfig
+
+
+class Llama:
+    """Weights packed for a backend, and the halves of a layer.
+
+    Shapes: n rows, D hidden, Hq / Hkv heads of d. Weights come under Hugging Face's names, [out, in].
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType) -> None:
+        self.config, self.ops = config, backend
+        self.scale = 1 / math.sqrt(config.head_dim)
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.dtype = self.embedding.dtype
+        self.final_gain = weights["model.norm.weight"].float()
+        self._gains = [
+            tuple(weights[f"model.layers.{i}.{name}.weight"].float() for name in _NORMS)
+            for i in range(config.num_layers)
+        ]
+        self.linears = backend.PackedLinears(_fused(config, weights))
+        half = config.head_dim // 2
+        self._frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        self.row_flops = 2.0 * sum(math.prod(s) for name, s in self.linears.shapes.items() if name != "head")
+        """Operations of all linears for one row, the head apart."""
+        self.layer_flops = self.row_flops / config.num_layers
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids i64 [n] -> [n, D]."""
+        return self.embedding[ids]
+
+    def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """pos i64 [n] -> cos, sin f32 [n, d/2]; angles in float64, so that far positions stay exact."""
+        angle = pos[:, None].double() * self._frequencies
+        return angle.cos().float(), angle.sin().float()
+
+    def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n, D] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d]."""
+        c = self.config
+        h = self.ops.rms_norm(x, self._gains[layer][0], c.rms_eps)
+        heads = self.linears(f"{layer}.qkv", h).view(len(x), -1, c.head_dim)
+        turned = self.ops.rotate(heads[:, : c.num_heads + c.num_kv_heads], cos, sin)
+        return turned[:, : c.num_heads], turned[:, c.num_heads :], heads[:, c.num_heads + c.num_kv_heads :]
+
+    def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """x [n, D], attended [n, Hq, d] -> x after the output projection and the MLP, both residual."""
+        x = x + self.linears(f"{layer}.o", attended.flatten(1))
+        h = self.ops.rms_norm(x, self._gains[layer][1], self.config.rms_eps)
+        return x.add_(self.linears(f"{layer}.down", self.ops.silu_mul(self.linears(f"{layer}.gate_up", h))))
+
+    def head(self, x: Tensor) -> Tensor:
+        """x [n, D] -> logits f32 [n, vocabulary]."""
+        h = self.ops.rms_norm(x, self.final_gain, self.config.rms_eps)
+        logits: Tensor = self.linears("head", h).float()
+        return logits
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _fused(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Linears by short names, those that share an input joined: fewer calls, wider products."""
+    head = "model.embed_tokens.weight" if config.tie_head else "lm_head.weight"
+    fused = {"head": weights[head]}
+    for i in range(config.num_layers):
+        attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        fused[f"{i}.qkv"] = torch.cat([weights[f"{attn}.{p}_proj.weight"] for p in "qkv"])
+        fused[f"{i}.o"] = weights[f"{attn}.o_proj.weight"]
+        fused[f"{i}.gate_up"] = torch.cat([weights[f"{mlp}.{p}_proj.weight"] for p in ("gate", "up")])
+        fused[f"{i}.down"] = weights[f"{mlp}.down_proj.weight"]
+    return fused

@@ -1,0 +1,154 @@
+"""The prefix cache: columns of 64 tokens under chains of salted hashes.
+
+A column's key is the hash of its parent's key and its own ids, so a key names a whole prefix. The chain's root holds
+the salt, the model and the recipe: K/V made under an approximate method are never found by an exact request. The last
+column of a prefix may be partial; a request that shares only its beginning gets a copy of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from firstlight.core.blocks import BlockPool
+
+Ids = NDArray[Any]
+_REMEMBERED = 4096
+"""Keys of evicted columns that are remembered, to explain misses."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One cached column: `ids` are its tokens (64, fewer in a last column), `column` its blocks [L, Hkv]."""
+
+    key: bytes
+    parent: bytes
+    depth: int
+    ids: Ids
+    column: Ids
+    last_used: int = 0
+    children: dict[bytes, Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """Whole columns in order, then maybe the first `partial_len` tokens of one more; why it went no further."""
+
+    columns: tuple[Ids, ...] = ()
+    partial: Ids | None = None
+    num_tokens: int = 0
+    reason: str = ""
+
+
+class PrefixCache:
+    """Hash chains over a pool: publishing marks columns, matching finds them, eviction takes the oldest leaves."""
+
+    def __init__(self, pool: BlockPool, block: int, salt: bytes) -> None:
+        self._pool, self._block, self._salt = pool, block, salt
+        self._nodes: dict[bytes, Node] = {}
+        self._roots: dict[bytes, dict[bytes, Node]] = {}
+        self._evicted: dict[bytes, None] = {}
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def root(self, *facts: str) -> bytes:
+        """The key that a chain starts from: model, dtype, recipe."""
+        return hashlib.sha256(self._salt + "\0".join(facts).encode()).digest()
+
+    def match(self, root: bytes, ids: Sequence[int]) -> Hit:
+        """The longest cached prefix of `ids` under this root."""
+        self._clock += 1
+        tokens, at, parent = np.asarray(ids, np.int64), 0, root
+        columns: list[Ids] = []
+        while at + self._block <= len(tokens):
+            node = self._nodes.get(self._key(parent, tokens[at : at + self._block]))
+            if node is None:
+                break
+            node.last_used = self._clock
+            columns.append(node.column)
+            at, parent = at + self._block, node.key
+        near, shared = self._closest(parent, root, tokens[at:])
+        if near is not None:
+            near.last_used = self._clock
+        partial = None if near is None else near.column
+        return Hit(tuple(columns), partial, at + shared, self._why(root, parent, tokens, at, shared))
+
+    def publish(self, root: bytes, ids: Sequence[int], column: Callable[[int], Ids]) -> None:
+        """Keep the columns of these tokens; `column(b)` are the blocks of column b. Known columns stay as they are."""
+        self._clock += 1
+        tokens, parent = np.asarray(ids, np.int64), root
+        for number in range(-(-len(tokens) // self._block)):
+            part = tokens[number * self._block : (number + 1) * self._block]
+            key = self._key(parent, part)
+            node = self._nodes.get(key)
+            if node is None:
+                if len(part) < self._block and self._closest(parent, root, part)[1] == len(part):
+                    return
+                node = self._add(key, parent, root, number, part, column(number))
+            node.last_used = self._clock
+            parent = key
+
+    def evict(self, blocks: int) -> None:
+        """Let at least so many blocks go, least recently used prefixes first, from their ends."""
+        for node in sorted(self._nodes.values(), key=lambda n: (n.last_used, -n.depth)):
+            if blocks <= 0:
+                return
+            if not node.children and not self._pool.is_held(node.column.ravel()):
+                self._drop(node)
+                blocks -= node.column.size
+
+    def clear(self) -> None:
+        """Let everything go that no request holds."""
+        self.evict(len(self._nodes) and sum(n.column.size for n in self._nodes.values()))
+
+    def _key(self, parent: bytes, ids: Ids) -> bytes:
+        return hashlib.sha256(parent + ids.tobytes()).digest()
+
+    def _siblings(self, parent: bytes, root: bytes) -> dict[bytes, Node]:
+        return self._roots.setdefault(root, {}) if parent == root else self._nodes[parent].children
+
+    def _closest(self, parent: bytes, root: bytes, rest: Ids) -> tuple[Node | None, int]:
+        """The child of `parent` that shares most tokens with the beginning of `rest`, and how many."""
+        best, most = None, 0
+        for node in self._siblings(parent, root).values():
+            n = min(len(node.ids), len(rest))
+            differs = np.flatnonzero(node.ids[:n] != rest[:n])
+            shared = int(differs[0]) if len(differs) else n
+            if shared > most:
+                best, most = node, shared
+        return best, most
+
+    def _add(self, key: bytes, parent: bytes, root: bytes, depth: int, ids: Ids, column: Ids) -> Node:
+        self._pool.mark(column.ravel())
+        node = Node(key, parent if parent != root else root, depth, ids.copy(), column)
+        self._siblings(parent, root)[key] = node
+        self._nodes[key] = node
+        return node
+
+    def _drop(self, node: Node) -> None:
+        del self._nodes[node.key]
+        siblings = self._nodes[node.parent].children if node.parent in self._nodes else self._roots[node.parent]
+        del siblings[node.key]
+        self._pool.unmark(node.column.ravel())
+        self._evicted[node.key] = None
+        while len(self._evicted) > _REMEMBERED:
+            del self._evicted[next(iter(self._evicted))]
+
+    def _why(self, root: bytes, parent: bytes, tokens: Ids, at: int, shared: int) -> str:
+        """One line on why the match ends where it ends; empty if all is cached."""
+        if at + shared == len(tokens):
+            return ""
+        if self._key(parent, tokens[at : at + self._block]) in self._evicted:
+            return f"evicted from token {at} on"
+        if at + shared == 0:
+            return (
+                "no cached prompt begins like this one" if self._roots.get(root) else "nothing cached for this recipe"
+            )
+        return f"differs from every cached prompt at token {at + shared}"
