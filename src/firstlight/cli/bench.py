@@ -19,7 +19,7 @@ from firstlight.core.errors import UserError
 app = typer.Typer(help="Measure time to first token and decode speed of this engine.", no_args_is_help=True)
 
 _Model = Annotated[str, typer.Argument(help="A name of `firstlight models list`, or a path.")]
-_Repeat = Annotated[int, typer.Option("--repeat", help="Measurements of each length, after one warm-up.")]
+_Repeat = Annotated[int, typer.Option("--repeat", metavar="N", help="Measurements of each length, after one warm-up.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
 
@@ -29,7 +29,7 @@ def ttft(
     model: _Model,
     options: Options,
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths in tokens.", metavar="N,N,...")] = "512,2048,8000",
-    tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", metavar="N")] = 8,
     repeat: _Repeat = 5,
     as_json: _Json = False,
 ) -> None:
@@ -46,7 +46,7 @@ def decode(
     model: _Model,
     options: Options,
     context: Annotated[str, typer.Option(help="Prompt lengths in tokens.", metavar="N,N,...")] = "512,8000",
-    tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", metavar="N")] = 64,
     repeat: _Repeat = 3,
     as_json: _Json = False,
 ) -> None:

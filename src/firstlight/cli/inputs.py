@@ -63,9 +63,8 @@ def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 text (byte {error.start}); convert it first, with iconv for one"
-        ) from None
+        cure = "convert it first, with iconv for one"
+        raise UserError(f"{name} is not UTF-8 text at byte {error.start}; {cure}") from None
 
 
 def _is_terminal() -> bool:

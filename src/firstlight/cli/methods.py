@@ -76,6 +76,7 @@ def _part(seam: str, cls: Any) -> dict[str, Any]:
     capability = getattr(cls, "capability", Capability(exact=True, alters_cells=False))
     return {
         "seam": seam,
+        "home": f"{cls.__module__}:{cls.__qualname__}",
         "about": " ".join(about.split()),
         "settings": [_setting(field, cls) for field in dataclasses.fields(cls.Config)],
         "capability": dataclasses.asdict(capability),
@@ -90,7 +91,7 @@ def _setting(field: dataclasses.Field[Any], cls: Any) -> dict[str, Any]:
 
 
 def _print_part(part: dict[str, Any]) -> None:
-    typer.echo(f"\n{part['seam']}/")
+    typer.echo(f"\nin {part['seam']}/: {part['home']}")
     for setting in part["settings"]:
         typer.echo(f"  {setting['name']}={setting['default']}  ({setting['type']}) {setting['doc']}")
     for key, value in part["capability"].items():

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import typer
 
+_METAVARS: dict[Any, str] = {int | None: "N", float | None: "X", str | None: "TEXT"}
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -59,6 +61,11 @@ def with_flags(**records: type) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
+def panel_of(record: type) -> str:
+    """The heading of a record's flags: the first sentence about it."""
+    return (record.__doc__ or record.__name__).split(".")[0]
+
+
 def _given(record: str, flags: Sequence[Flag], values: Mapping[str, Any]) -> dict[str, Any]:
     """What the user said about one record."""
     return {f.name: values[f.name] for f in flags if record in f.records and values[f.name] not in (None, [])}
@@ -89,8 +96,10 @@ def _option(flag: Flag) -> Any:
 
 def _flag(field: Field[Any], hint: Any, cls: type) -> Flag:
     doc, metavar = field.metadata["doc"], field.metadata.get("metavar")
-    panel = (cls.__doc__ or cls.__name__).split(".")[0]
-    return Flag(field.name, _kind(hint), doc, metavar or _choices(hint), _default(field), panel, ())
+    kind = _kind(hint)
+    return Flag(
+        field.name, kind, doc, metavar or _choices(hint) or _METAVARS.get(kind), _default(field), panel_of(cls), ()
+    )
 
 
 def _kind(hint: Any) -> Any:

@@ -1,0 +1,51 @@
+# `make demo` and `make test` need a machine with Python 3.11 or newer, pip and g++; they make everything else themselves.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2
+
+BIN := $(VENV)/bin
+DOCUMENT := src/firstlight/evaluate/texts/moby-dick-chapter-87.txt
+QUESTION := Which straits does the Pequod sail through?
+
+.PHONY: help demo test test-all lint docs wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/installed  ## install, fetch the model, answer a question about a long document
+	$(BIN)/firstlight models pull $(MODEL)
+	$(BIN)/firstlight run $(MODEL) -f $(DOCUMENT) -p "$(QUESTION)" --max-tokens 60
+
+test: $(VENV)/tested lint  ## install, then lint, types and all tests
+	$(BIN)/firstlight models pull $(MODEL)
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
+
+test-all: $(VENV)/tested lint  ## the same with many more generated examples
+	$(BIN)/firstlight models pull $(MODEL)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed  ## write the generated pages and the tree in README.md anew
+	$(BIN)/python -m firstlight.cli.docs
+
+wheel: $(VENV)/tested  ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove what these targets made, but for fetched models
+	rm -rf $(VENV) build dist
+
+# torch comes first and alone, so that nothing that depends on it can choose another version.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV) || ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
+	$(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/pip install --editable '.[test]'
+	touch $@

@@ -1,0 +1,152 @@
+"""`python -m firstlight.cli.docs`: writes the pages that would drift if people wrote them, from the program itself.
+
+These are docs/cli.md, docs/methods.md and the tree in README.md. A test compares them with what this prints now.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import firstlight
+from firstlight.cli import methods
+from firstlight.cli.main import VERBS, load
+from firstlight.cli.options import panel_of
+from firstlight.core.config import Options
+
+PATH_OF_A_PROMPT = [
+    *("llm", "core", "cli", "prompt", "reuse", "schedule", "engine", "models", "tokens", "attention", "cache"),
+    *("decode", "kernels", "simulate", "evaluate"),
+]
+"""The order of the tree: what everything is made of, then the stations of a prompt, then what stands beside them."""
+
+_NOTICE = "<!-- Written by `make docs`. Change the program's texts, not this page. -->\n"
+_TREE = re.compile(r"(<!-- tree -->\n```\n).*?(```\n<!-- end of tree -->)", re.DOTALL)
+_NAME_WIDTH = 26
+
+
+def main() -> None:
+    root = checkout()
+    for name, text in pages(root).items():
+        (root / name).write_text(text, "utf-8")
+
+
+def checkout() -> Path:
+    """The folder of README.md; generated pages exist only in a checkout."""
+    return Path(firstlight.__file__).parents[2]
+
+
+def pages(root: Path) -> dict[str, str]:
+    """Every generated file: its name and the text it should have."""
+    readme = (root / "README.md").read_text("utf-8")
+    return {
+        "docs/cli.md": cli_page(),
+        "docs/methods.md": methods_page(),
+        "README.md": _TREE.sub(lambda found: found[1] + tree(root / "src" / "firstlight") + found[2], readme),
+    }
+
+
+def tree(package: Path) -> str:
+    """The package's folders and files in the order of a prompt's path, each with its docstring's first sentence."""
+    return "".join(f"{line}\n" for line in ["src/firstlight/", *_folder(package, 1)])
+
+
+def _folder(folder: Path, depth: int) -> Iterator[str]:
+    entries = [p for p in folder.iterdir() if _is_ours(p)]
+    for path in sorted(entries, key=lambda p: (_rank(p), p.is_dir(), p.name)):
+        name = f"{'  ' * depth}{path.name}{'/' * path.is_dir()}"
+        yield f"{name.ljust(_NAME_WIDTH)} {_purpose(path / '__init__.py' if path.is_dir() else path)}".rstrip()
+        if path.is_dir():
+            yield from _folder(path, depth + 1)
+
+
+def _is_ours(path: Path) -> bool:
+    return (path.is_dir() and any(path.glob("*.py"))) or (path.suffix == ".py" and path.name != "__init__.py")
+
+
+def _rank(path: Path) -> int:
+    stem = path.stem if path.parent.name == "firstlight" else ""
+    return PATH_OF_A_PROMPT.index(stem) if stem in PATH_OF_A_PROMPT else len(PATH_OF_A_PROMPT)
+
+
+def _purpose(path: Path) -> str:
+    """The first sentence of a file's docstring, without its full stop."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[a-z`)\]])\. (?=[A-Z`])", text)[0].rstrip(".")
+
+
+def cli_page() -> str:
+    """docs/cli.md: every verb with its text, arguments and flags."""
+    verbs = "".join(_command(f"firstlight {name}", load(name)) for name in VERBS)
+    lead = (
+        "Every setting of the engine is a flag here and a keyword of `LLM` there: `--max-model-len 4096` is "
+        "`max_model_len=4096`.\nA user's mistake gets one line on stderr and exit code 2; Ctrl-C gives 130.\n"
+    )
+    engine = load("bench").commands["ttft"].params
+    common = _table(p for p in engine if _is_engine(p))
+    return f"{_NOTICE}# The command line\n\n{lead}{verbs}\n## Flags of the engine\n{common}"
+
+
+def _command(path: str, command: Any) -> str:
+    if hasattr(command, "commands"):
+        return "".join(_command(f"{path} {name}", sub) for name, sub in command.commands.items())
+    text = "\n\n".join(_paragraph(p) for p in (command.help or "").strip().split("\n\n"))
+    arguments = " ".join(p.name.upper() for p in command.params if p.param_type_name == "argument")
+    own = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    table = _table(p for p in own if not _is_engine(p))
+    more = "\nAnd the [flags of the engine](#flags-of-the-engine).\n" if any(map(_is_engine, own)) else ""
+    return f"\n## `{' '.join([path, arguments]).strip()}`\n\n{text}\n{table}{more}"
+
+
+def _paragraph(text: str) -> str:
+    """Paragraphs that hold a command become code."""
+    text = " ".join(text.split())
+    return f"```\n{text}\n```" if re.match(r"(\w+ .*\| )?firstlight ", text) else text
+
+
+def _is_engine(option: Any) -> bool:
+    return bool(getattr(option, "rich_help_panel", None) == panel_of(Options))
+
+
+def _table(options: Iterable[Any]) -> str:
+    rows = "".join(_row(option) for option in options)
+    return f"\n| flag | takes | what it does |\n| --- | --- | --- |\n{rows}" if rows else ""
+
+
+def _row(option: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=lambda name: (name.startswith("--"), name)))
+    takes = "" if option.is_flag else (option.metavar or "N")
+    default = f" Default: {option.default}." if option.default and not option.is_flag else ""
+    return f"| {names} | {takes.replace('|', ' or ')} | {option.help or ''}{default} |\n"
+
+
+def methods_page() -> str:
+    """docs/methods.md: every method and schedule of this package with its settings and what it breaks."""
+    lead = (
+        "A method is off unless a flag switches it on. `exact` means: the logits of one dense pass. Settings are given "
+        "as\n`--method NAME:key=value,key=value`. Other packages can add methods: see CONTRIBUTING.md.\n"
+    )
+    return f"{_NOTICE}# Methods and schedules\n\n{lead}{''.join(_method(m) for m in _own_methods())}"
+
+
+def _own_methods() -> list[dict[str, Any]]:
+    return [m for m in methods.everything() if all(part["home"].startswith("firstlight.") for part in m["parts"])]
+
+
+def _method(method: dict[str, Any]) -> str:
+    kind = "exact" if method["exact"] else "approximate"
+    return f"\n## `{method['flag']}` ({kind})\n\n{method['about']}\n{''.join(_part(p) for p in method['parts'])}"
+
+
+def _part(part: dict[str, Any]) -> str:
+    rows = "".join(f"| `{s['name']}` | {s['type']} | {s['default']} | {s['doc']} |\n" for s in part["settings"])
+    table = f"\n| setting | type | default | what it does |\n| --- | --- | --- | --- |\n{rows}" if rows else ""
+    facts = [f"{key.replace('_', ' ')}: {methods.shown(value)}" for key, value in part["capability"].items()]
+    return f"{table}\nIn `{part['seam']}/` ({part['home']}). {'; '.join(facts)}.\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The command line without a model: flags, inputs, errors. The engine is a stand-in that records what it is asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from firstlight.cli import inputs
+from firstlight.cli.main import VERBS, call
+from firstlight.cli.options import flags_of
+from firstlight.cli.progress import Bars
+from firstlight.core.config import Options
+from firstlight.core.errors import UserError
+from firstlight.core.request import Completion, SamplingParams
+
+REPORT = {
+    "model": "fake",
+    "exact": True,
+    "prompt_tokens": 3,
+    "cached_tokens": 0,
+    "text": "an answer",
+    "ttft_s": 0.5,
+    "tpot_s": 0.01,
+    "timings": dict.fromkeys(["load_s", "tokenize_s", "queue_s", "reuse_s", "prefill_s", "sample_s"], 0.1),
+    "attention": {"density": 1.0},
+    "kv": {"bytes_peak": 1024, "bytes_end": 0},
+    "methods": [],
+}
+
+
+class FakeLLM:
+    """Says "an answer" in two pieces."""
+
+    seen: ClassVar[dict[str, Any]] = {}
+    report: ClassVar[dict[str, Any]] = REPORT
+    fails: ClassVar[BaseException | None] = None
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        type(self).seen = {"model": model, "closed": False, "stream_closed": False, **settings}
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.seen["closed"] = True
+
+    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[Any]:
+        self.seen |= {"prompt": prompt, "params": params}
+        try:
+            yield types.SimpleNamespace(text="an ", completion=None)
+            if self.fails is not None:
+                raise self.fails
+            yield types.SimpleNamespace(text="answer", completion=Completion([1], [2], "", "stop", self.report))
+        finally:
+            self.seen["stream_closed"] = True
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    monkeypatch.setitem(sys.modules, "firstlight.llm", types.SimpleNamespace(LLM=FakeLLM))
+    monkeypatch.setattr(FakeLLM, "fails", None)
+    return FakeLLM
+
+
+@pytest.fixture(autouse=True)
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Sets standard input; a terminal unless a test says otherwise."""
+
+    def set_bytes(data: bytes) -> None:
+        text = io.TextIOWrapper(io.BytesIO(data))
+        monkeypatch.setattr(sys, "stdin", text)
+        monkeypatch.setattr(inputs, "read_stdin", lambda: data)
+        monkeypatch.setattr(inputs, "_is_piped", lambda: True)
+
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(inputs, "_is_piped", lambda: False)
+    return set_bytes
+
+
+def test_run_streams_text_and_leaves_nothing(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["run", "m", "-p", "hi"]) == 0
+    assert capsys.readouterr() == ("an answer\n", "")
+    assert llm.seen["prompt"] == [{"role": "user", "content": "hi"}]
+    assert llm.seen["closed"] and llm.seen["stream_closed"]
+
+
+def test_run_json_is_all_of_stdout(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["run", "m", "-p", "hi", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == REPORT
+
+
+def test_raw_prompt_and_system(llm: type[FakeLLM]) -> None:
+    assert call(["run", "m", "-p", "hi", "--raw"]) == 0
+    assert llm.seen["prompt"] == "hi"
+    assert call(["run", "m", "-p", "hi", "--system", "be brief"]) == 0
+    assert llm.seen["prompt"][0] == {"role": "system", "content": "be brief"}
+
+
+def test_every_setting_has_a_flag_that_reaches_the_engine(llm: type[FakeLLM]) -> None:
+    texts = {"precision": "f32", "prefix_cache": "off", "kv_memory": "2GiB", "device": "cpu", "event_log": "log"}
+    wanted: dict[str, Any] = {}
+    line = ["run", "m", "-p", "hi"]
+    for flag in flags_of({"options": Options, "sampling": SamplingParams}):
+        name = f"--{flag.name.replace('_', '-')}"
+        if flag.kind == bool | None:
+            line, wanted[flag.name] = [*line, name], True
+        elif flag.kind == list[str]:
+            line, wanted[flag.name] = [*line, name, "a:x=1", name, "b"], ["a:x=1", "b"]
+        else:
+            text = texts.get(flag.name, "1")
+            line, wanted[flag.name] = [*line, name, text], text if flag.kind == str | None else 1
+    assert call(line) == 0
+    assert {f.name: llm.seen[f.name] for f in fields(Options)} == {f.name: wanted[f.name] for f in fields(Options)}
+    assert llm.seen["params"] == SamplingParams(**{f.name: wanted[f.name] for f in fields(SamplingParams)})
+
+
+def test_what_is_not_given_keeps_the_records_default(llm: type[FakeLLM]) -> None:
+    assert call(["run", "m", "-p", "hi"]) == 0
+    assert {f.name: llm.seen[f.name] for f in fields(Options)} == vars(Options())
+    assert llm.seen["params"] == SamplingParams()
+
+
+def test_an_approximate_run_says_so(
+    llm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = {"name": "band", "seam": "attention", "used": True, "why": ""}
+    monkeypatch.setattr(llm, "report", {**REPORT, "exact": False, "methods": [method]})
+    assert call(["run", "m", "-p", "hi", "--method", "band"]) == 0
+    assert "approximate: band" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    llm.fails = KeyboardInterrupt()
+    assert call(["run", "m", "-p", "hi"]) == 130
+    assert llm.seen["closed"] and llm.seen["stream_closed"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["run", "m"], "the prompt is empty"),
+        (["run", "m", "-p", ""], "the prompt is empty"),
+        (["run", "m", "-p", " \n"], "the prompt is empty"),
+        (["run", "m", "-f", "nowhere.txt", "-p", "x"], "can't read nowhere.txt"),
+        (["run", "m", "-f", ".", "-p", "x"], "can't read .: Is a directory"),
+        (["run", "m", "-p", "x", "--raw", "--system", "y"], "--system has no place"),
+        (["run", "m", "-p", "x", "--threads", "many"], "--threads"),
+        (["run", "m", "-p", "x", "--threads", "0"], "threads=0 is out of range"),
+        (["run", "m", "-p", "x", "--precision", "int3"], "precision='int3' is unknown"),
+        (["run", "m", "-p", "x", "--max-tokens", "0"], "max_tokens=0 is out of range"),
+        (["run", "m", "-p", "x", "--kv-memory", "lots"], "can't read the size 'lots'"),
+        (["run", "m", "-p", "x", "--no-such-flag"], "--no-such-flag"),
+        (["run"], "Missing argument 'model'"),
+        (["jump"], "No such command 'jump'"),
+        (["methods", "show", "nothing"], "no method or schedule is called 'nothing'; choose one of: band"),
+        (["bench", "ttft", "m", "--prompt-tokens", "many"], "can't read the lengths 'many'"),
+        (["bench", "decode", "m", "--tokens", "1"], "tokens=1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    line: list[str], said: str, llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(line) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("firstlight: error: ") and said in err and err.count("\n") == 1
+
+
+def test_invalid_utf8_is_named(tmp_path: Path, llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes(b"caf\xe9")
+    assert call(["run", "m", "-f", str(file), "-p", "x"]) == 2
+    assert f"{file} is not UTF-8 text at byte 3" in capsys.readouterr().err
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00\ufeff"), min_size=1), max_size=3))
+def test_documents_go_before_the_prompt_in_their_order(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("documents")
+    for number, text in enumerate(texts):
+        (folder / str(number)).write_bytes(text.encode())
+    names = [str(folder / str(number)) for number in range(len(texts))]
+    assert inputs.gather("why?", names) == "\n\n".join([*texts, "why?"])
+
+
+def test_stdin_is_the_prompt_or_one_more_document(stdin: Callable[[bytes], None]) -> None:
+    stdin(b"from a pipe\n")
+    assert inputs.gather(None, []) == "from a pipe"
+    assert inputs.gather("why?", []) == "from a pipe\n\nwhy?"
+    assert inputs.gather("why?", ["-"]) == "from a pipe\n\nwhy?"
+
+
+def test_an_empty_pipe_is_no_prompt(stdin: Callable[[bytes], None]) -> None:
+    stdin(b"")
+    assert inputs.gather("why?", []) == "why?"
+    with pytest.raises(UserError, match="the prompt is empty"):
+        inputs.gather(None, [])
+
+
+def test_methods_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["methods", "list", "--json"]) == 0
+    found = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
+    assert found["sarathi"]["exact"] and not found["band"]["exact"]
+    assert call(["methods", "show", "band"]) == 0
+    assert "sink=64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(verb) == 0
+    assert "Usage: firstlight" in capsys.readouterr().out
+
+
+def test_help_and_errors_come_without_torch() -> None:
+    code = (
+        "import sys; from firstlight.cli.main import call; import firstlight;"
+        "assert call(['--help']) == 0 and call(['run', 'm', '-p', '']) == 2 and call(['methods', 'list', '--x']) == 2;"
+        "assert firstlight.SamplingParams(max_tokens=1); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bars_are_silent_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bars() as bars:
+        for done in range(3):
+            bars(types.SimpleNamespace(phase="prefill", done=done, total=2, rid="r"))
+    assert capsys.readouterr() == ("", "")
