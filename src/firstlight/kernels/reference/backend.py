@@ -1,0 +1,8 @@
+"""The reference's operators under their common names."""
+
+from __future__ import annotations
+
+from firstlight.kernels.reference.attention import attend
+from firstlight.kernels.reference.ops import linear, rms_norm, rotate, silu_mul
+
+__all__ = ["attend", "linear", "rms_norm", "rotate", "silu_mul"]

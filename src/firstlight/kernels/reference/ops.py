@@ -1,0 +1,34 @@
+"""The reference of the row-local operators between two attentions. Any dtype in, float32 out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x [n, D] over the root of its mean square, times gain [D] (arXiv 1910.07467, eq. 4) -> [n, D]."""
+    x = x.float()
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) of x [n, H, D] by its angle, cos and sin [n, D/2] -> [n, H, D].
+
+    Rotary embedding (arXiv 2104.09864, eq. 34), with the pairs in the two halves of a head, as GPT-NeoX lays them.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    c, s = cos.float()[:, None], sin.float()[:, None]
+    return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [n, 2F], gate first -> silu(gate) * up [n, F] (SwiGLU, arXiv 2002.05202)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x [n, I], w [O, I] -> x w^T [n, O]."""
+    return x.float() @ w.float().T

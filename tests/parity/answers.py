@@ -1,0 +1,65 @@
+"""How the parity tests ask a backend, and when two answers count as the same.
+
+Tolerances. Float32: 2e-5. Bfloat16, whose inputs both sides share: 1e-2 + 2^-7 of the value on outputs (their rounding
+and that of the weights), 1e-3 on log-sum-exps and probe sums, which stay in float32. Laws about bits hold exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import fresh
+
+from firstlight.kernels.contract import AttnCall
+from firstlight.kernels.dispatch import BACKENDS, backend
+
+F32, BF16 = torch.float32, torch.bfloat16
+each_backend = pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+each_dtype = pytest.mark.parametrize("dtype", [F32, BF16])
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(name: str, call: AttnCall, cuts: tuple[int, ...] = (), dtype: torch.dtype | None = None) -> AttnCall:
+    """A fresh copy of the call, answered by a backend in slices that end at `cuts`."""
+    call = fresh(call, dtype)
+    ends = [*sorted(cuts), call.q.shape[0]]
+    for r0, r1 in pairwise([0, *ends]):
+        backend(name).attend(call, r0, r1)
+    return call
+
+
+def judge(call: AttnCall) -> AttnCall:
+    return run("reference", call, dtype=F32)
+
+
+def sums(call: AttnCall) -> list[torch.Tensor]:
+    return [] if call.probe is None else [c for c in call.probe.colsum if c is not None]
+
+
+def assert_agrees(got: AttnCall, want: AttnCall) -> None:
+    loose = got.q.dtype == BF16
+    atol = 1e-3 if loose else 2e-5
+    torch.testing.assert_close(got.out.float(), want.out, atol=1e-2 if loose else atol, rtol=2**-7 if loose else 1e-5)
+    torch.testing.assert_close(got.lse, want.lse, atol=atol, rtol=1e-5)
+    for a, b in zip(sums(got), sums(want), strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=atol)
+    assert got.stats == want.stats
+
+
+def assert_same_bits(got: AttnCall, want: AttnCall) -> None:
+    for a, b in zip([got.out, got.lse, *sums(got)], [want.out, want.lse, *sums(want)], strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)
+    assert got.stats == want.stats

@@ -1,0 +1,107 @@
+"""Row-local operators: the reference against their formulas in complex and double arithmetic, the others against it.
+
+Tolerances. Float32: 1e-5 of the value's scale. Bfloat16, whose inputs both sides share: 2^-7 of it, one rounding of the
+result and one inside. Where rows are said to keep their bits, they keep them exactly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from answers import BF16, F32, each_backend, each_dtype, threads
+from torch import Tensor
+
+from firstlight.kernels.dispatch import backend
+
+OPS = ["rms_norm", "rotate", "silu_mul", "linear"]
+SHAPES = [(1, 1, 64), (3, 3, 64), (4, 9, 64), (5, 1, 256), (67, 2, 128), (300, 4, 64)]
+"""(rows, heads, head dim)."""
+
+
+def operands(op: str, n: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, list[object]]:
+    """An operator's rows, and its other operands by row where they go by row."""
+    gen = torch.Generator().manual_seed(n * heads + dim)
+    draw = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
+    width = heads * dim
+    if op == "rms_norm":
+        return draw(n, width).to(dtype) * 3, [draw(width), 1e-5]
+    if op == "rotate":
+        angle = draw(n, dim // 2) * 100
+        return draw(n, heads, dim).to(dtype), [angle.cos(), angle.sin()]
+    if op == "silu_mul":
+        return (draw(n, 2 * width) * 4).to(dtype), []
+    return draw(n, width).to(dtype), [(draw(96, width) / width**0.5).to(dtype)]
+
+
+def apply(name: str, op: str, x: Tensor, rest: list[object], rows: slice = slice(None)) -> Tensor:
+    """The operator on some of the rows."""
+    by_row = op == "rotate"
+    call: Callable[..., Tensor] = getattr(backend(name), op)
+    return call(x[rows], *(r[rows] if by_row else r for r in rest))
+
+
+def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    tolerance = 1e-5 if dtype == F32 else 2**-7
+    torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
+
+
+def formula(op: str, x: Tensor, rest: list) -> Tensor:
+    x = x.double()
+    if op == "rms_norm":
+        return x * (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + rest[1]).pow(-0.5) * rest[0].double()
+    if op == "rotate":
+        half = x.shape[-1] // 2
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(*(r.double() for r in rest))[:, None]
+        return torch.cat([turned.real, turned.imag], -1)
+    if op == "silu_mul":
+        half = x.shape[-1] // 2
+        return x[:, :half] / (1 + torch.exp(-x[:, :half])) * x[:, half:]
+    return torch.einsum("ni,oi->no", x, rest[0].double())
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_reference_is_the_formula(op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, rest = operands(op, *shape, dtype)
+    got = apply("reference", op, x, rest)
+    assert got.dtype == F32
+    assert_near(got, formula(op, x, rest), F32)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_agrees(name: str, op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, rest = operands(op, *shape, dtype)
+    before = x.clone()
+    got, want = apply(name, op, x, rest), apply("reference", op, x, rest)
+    assert got.dtype == dtype and got.shape == want.shape and torch.equal(x, before)
+    assert_near(got, want, dtype)
+
+
+def blocks_follow_rows(op: str, dtype: torch.dtype) -> bool:
+    """Whether this machine lets a product's bits follow its row count, and nothing keeps it from that."""
+    amx = torch.cpu._is_amx_tile_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
+    return op == "linear" and dtype == BF16 and amx
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("shape", [(67, 2, 128), (300, 4, 64)])
+@pytest.mark.parametrize("op", OPS)
+def test_rows_keep_their_bits(name: str, op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Any rows, alone or with others, on one thread or two."""
+    if blocks_follow_rows(op, dtype):
+        pytest.skip("bfloat16 products on AMX keep a row's bits in --deterministic only")
+    x, rest = operands(op, *shape, dtype)
+    with threads(1):
+        whole = apply(name, op, x, rest)
+    with threads(2):
+        assert torch.equal(apply(name, op, x, rest), whole)
+        for a, e in ((0, 1), (5, 6), (2, 5), (7, 40), (1, 66)):
+            assert torch.equal(apply(name, op, x, rest, slice(a, e)), whole[a:e])
