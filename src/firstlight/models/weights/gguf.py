@@ -156,7 +156,7 @@ class _Header:
                 self.fail(f"a string runs past the end at byte {pos}")
             end = pos + 8 + unpack(data, pos)[0]
             if end > size or end - pos > _MAX_STRING:
-                self.fail(f"a string runs past the end at byte {pos}")
+                self.fail(f"impossible length of a string at byte {pos}")
             try:
                 out.append(data[pos + 8 : end].decode())
             except UnicodeDecodeError:
