@@ -33,6 +33,7 @@ class Llama:
             for i in range(config.num_layers)
         ]
         self.linears = backend.PackedLinears(_fused(config, weights))
+        self._head_rows = weights[_head_name(config)]
         half = config.head_dim // 2
         self._frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
         self.row_flops = 2.0 * sum(math.prod(s) for name, s in self.linears.shapes.items() if name != "head")
@@ -66,16 +67,23 @@ class Llama:
         """x [n, D] -> logits f32 [n, vocabulary]."""
         h = self.ops.rms_norm(x, self.final_gain, self.config.rms_eps)
         logits: Tensor = self.linears("head", h).float()
-        return logits
+        return logits if self.dtype == torch.float32 else self._rescored(h, logits)
+
+    def _rescored(self, h: Tensor, logits: Tensor) -> Tensor:
+        """A bf16 logit of 25 is off by up to 0.06, which ties the likeliest tokens: theirs are made anew in float32."""
+        best = logits.topk(_RESCORED, dim=-1).indices
+        rows = self._head_rows[best].float()
+        return logits.scatter_(1, best, torch.mul(rows, h.float()[:, None]).sum(-1))
 
 
+_RESCORED = 64
+"""Tokens a row whose logits are made in float32."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def _fused(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Linears by short names, those that share an input joined: fewer calls, wider products."""
-    head = "model.embed_tokens.weight" if config.tie_head else "lm_head.weight"
-    fused = {"head": weights[head]}
+    fused = {"head": weights[_head_name(config)]}
     for i in range(config.num_layers):
         attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
         fused[f"{i}.qkv"] = torch.cat([weights[f"{attn}.{p}_proj.weight"] for p in "qkv"])
@@ -83,3 +91,7 @@ def _fused(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tens
         fused[f"{i}.gate_up"] = torch.cat([weights[f"{mlp}.{p}_proj.weight"] for p in ("gate", "up")])
         fused[f"{i}.down"] = weights[f"{mlp}.down_proj.weight"]
     return fused
+
+
+def _head_name(config: ModelConfig) -> str:
+    return "model.embed_tokens.weight" if config.tie_head else "lm_head.weight"
