@@ -130,3 +130,7 @@ def _complain(error: UserError | TyperException) -> int:
         cure = f"; see {where} --help" if where else ""
         typer.echo(f"firstlight: error: {' '.join(text.split()).rstrip('.')}{cure}", err=True)
     return USER_ERROR
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A package made of CONTRIBUTING.md's own examples works, without touching the engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from firstlight import LLM, SamplingParams
+from firstlight.cli import docs
+from firstlight.cli.main import call
+from firstlight.core import registry
+from firstlight.core.errors import UserError
+
+PAGE = (docs.checkout() / "CONTRIBUTING.md").read_text("utf-8")
+PROMPT = [7 * n % 251 for n in range(700)]
+LAYERS = 3
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page's files, installed as pip would: modules, and metadata with the entry points of its pyproject.toml."""
+    (tmp_path / "my_methods").mkdir()
+    (tmp_path / "my_methods" / "__init__.py").touch()
+    for code in blocks("python"):
+        name = code.split("\n", 1)[0].removeprefix("# ")
+        (tmp_path / name).write_text(code, "utf-8")
+    (project,) = (tomllib.loads(text)["project"] for text in blocks("toml"))
+    metadata = tmp_path / "my_methods-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    lines = [f"{key} = {value}" for key, value in project["entry-points"][registry.GROUP].items()]
+    (metadata / "entry_points.txt").write_text("\n".join([f"[{registry.GROUP}]", *lines]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._entries.cache_clear()
+    yield
+    registry._entries.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_methods"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of three layers with a tokenizer of bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=256, max_position_embeddings=2048)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def answer(model: Path, *methods: str, schedule: str = "sarathi") -> dict:
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    with LLM(model, methods=list(methods), schedule=schedule, precision="f32", threads=1) as llm:
+        return llm.generate(PROMPT, params)[0].report
+
+
+def test_the_page_holds_a_package() -> None:
+    assert len(blocks("toml")) == 1
+    assert [code.split("\n", 1)[0] for code in blocks("python")] == [
+        "# my_methods/dilated.py",
+        "# my_methods/thinning.py",
+    ]
+
+
+def test_they_are_listed_with_their_settings(package: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["methods", "list", "--json"]) == 0
+    found = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
+    assert found["dilated"]["parts"][0]["settings"][0]["name"] == "window"
+    assert found["thinning"]["parts"][0]["seam"] == "tokens"
+
+
+def test_the_planner_decides_what_is_read(package: None, model: Path) -> None:
+    report = answer(model, "dilated:window=64")
+    assert not report["exact"]
+    assert report["methods"][0] | {"why": ""} == {"name": "dilated", "seam": "attention", "used": True, "why": ""}
+    assert 0.2 < report["attention"]["density"] < 0.9
+
+
+def test_the_row_policy_decides_what_is_computed(package: None, model: Path) -> None:
+    report = answer(model, "thinning:layer=0,step=2,tail=10")
+    kept = sum(n % 2 == 0 or n >= len(PROMPT) - 10 for n in range(len(PROMPT)))
+    assert report["cells"]["computed"] == len(PROMPT) + (LAYERS - 1) * kept
+    assert report["cells"]["absent"] == (LAYERS - 1) * (len(PROMPT) - kept)
+
+
+def test_off_they_are_exactly_dense(package: None, model: Path) -> None:
+    dense = answer(model)["token_ids"]
+    assert answer(model, "dilated:window=100000")["token_ids"] == dense
+    assert answer(model, "thinning:step=1")["token_ids"] == dense
+    assert answer(model, "dilated:window=64", "thinning:layer=0")["token_ids"] != dense
+
+
+def test_together_and_in_chunks_they_give_the_same(package: None, model: Path) -> None:
+    methods = "dilated:window=64", "thinning:layer=1"
+    whole = answer(model, *methods)
+    chunked = answer(model, *methods, schedule="sarathi:token_budget=128,lift=off")
+    assert whole["token_ids"] == chunked["token_ids"]
+    assert whole["cells"] == chunked["cells"]
+
+
+def test_a_wrong_value_is_the_users_error(package: None, model: Path) -> None:
+    with pytest.raises(UserError, match="window=0 is out of range"):
+        answer(model, "dilated:window=0")
+    with pytest.raises(UserError, match="thinning has no setting 'rate'; it has: layer, step, tail"):
+        answer(model, "thinning:rate=2")
