@@ -84,6 +84,24 @@ def test_chunks_are_the_whole_over_splits(name: str, dtype: torch.dtype, plan: s
     assert_same_bits(run(name, call, (5, 20, 40)), run(name, call))
 
 
+@each_backend
+@each_dtype
+def test_a_split_that_a_slice_does_not_see_keeps_its_place(name: str, dtype: torch.dtype) -> None:
+    """The order in which splits are merged follows their numbers, not how many of them somebody sees."""
+    call = build(Spec(dtype=dtype, reqs=(Req(4 * SPLIT, 32),), plan="full", scope="layer", q_tile=16))
+    every = torch.arange(4 * SPLIT // 64, dtype=torch.int32)
+    some = every[every // 16 != 1]
+    plan = replace(
+        call.plan,
+        band=torch.zeros(2, 2, dtype=torch.int32),
+        tile_map=torch.tensor([0, 1], dtype=torch.int32),
+        blk_ptr=torch.tensor([0, len(some), len(some) + len(every)], dtype=torch.int32),
+        blk_idx=torch.cat([some, every]),
+    )
+    call = replace(call, plan=plan)
+    assert_same_bits(run(name, call, (16,)), run(name, call))
+
+
 def chunks(name: str, call: AttnCall, ends: list[int]) -> None:
     """Compare rows of request 0, chunk by chunk on a growing view, with the whole call."""
     whole = run(name, call)
