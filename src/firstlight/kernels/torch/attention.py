@@ -12,6 +12,7 @@ from collections import defaultdict
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from firstlight.kernels.contract import SPLIT, AttnCall
@@ -21,6 +22,7 @@ from firstlight.kernels.torch.probe import add_probe_sums
 from firstlight.kernels.torch.visibility import visible_mask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ROWS = 8
 _EDGE = 256
 """Granularity of the length of a decode row's last part."""
 
@@ -117,7 +119,7 @@ def _decode_group(
         k, v = (t.masked_fill(hidden[..., None], 0) for t in (k, v))
         mask = torch.zeros(p * hkv, 1, 1, span, dtype=q.dtype).masked_fill_(hidden[:, None, None], -math.inf)
     out, lse = _flash_part(q, k, v, mask, call.scale)
-    return out.view(p, -1, out.shape[-1]), lse.view(p, -1)
+    return out.reshape(p, -1, out.shape[-1]), lse.reshape(p, -1)
 
 
 # --- everything else: splits of the view under a mask -----------------------------------------------------------------
@@ -149,9 +151,17 @@ def _masked_parts(tile: Tile) -> Parts:
 
 
 def _flash_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q [H, 1, R, D], k, v [H, n, D] -> out f32 [H, R, D], lse f32 [H, R]."""
+    """q [H, 1, R, D], k, v [H, n, D], mask [.., 1 or R, n] -> out f32 [H, R, D], lse f32 [H, R].
+
+    Odd row counts are padded: they shift the operator's scratch of each thread off its alignment, and float32 products
+    change bits with that.
+    """
+    rows = q.shape[2]
+    if extra := -rows % _ROWS:
+        q = F.pad(q, (0, 0, 0, extra))
+        mask = mask if mask is None or mask.shape[2] == 1 else F.pad(mask, (0, 0, 0, extra))
     out, lse = _flash(q, k[:, None], v[:, None], 0.0, False, attn_mask=mask, scale=scale)
-    return out.squeeze(1).float(), lse.squeeze(1)
+    return out.squeeze(1)[:, :rows].float(), lse.squeeze(1)[:, :rows]
 
 
 def merge(parts: Parts) -> tuple[Tensor, Tensor]:

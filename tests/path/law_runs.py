@@ -1,0 +1,121 @@
+"""How law tests run an engine: requests through a policy, all logits caught."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from firstlight.cache.pool import Pool
+from firstlight.core.registry import Method, make_schedule
+from firstlight.core.request import Request, SamplingParams
+from firstlight.core.schedule import Policy, Timer
+from firstlight.core.view import ViewConfig
+from firstlight.engine.engine import Engine, Limits
+from firstlight.engine.forward import Machine
+from firstlight.engine.park import ParkStore
+from firstlight.models.llama import Llama
+from firstlight.reuse.prefix import PrefixCache
+from tests.path.laws import Chaos, Everything
+
+Logits = dict[str, dict[int, Tensor]]
+"""Request -> ordinal -> logits of that row."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of an example."""
+
+    rid: str
+    ids: tuple[int, ...]
+    new_tokens: int
+
+
+class Watched(Engine):
+    """An engine that keeps the logits it samples from."""
+
+    seen: Logits
+
+    def _sample(self, lives, work):  # type: ignore[no-untyped-def]
+        for live in lives:
+            self.seen[live.rid][live.num_known - 1] = work.logits[live.rid].clone()
+        return super()._sample(lives, work)
+
+
+def engine(model: Llama, policy: Policy | None, columns: int, rows: Everything | None, cached: bool) -> Watched:
+    from firstlight.kernels.dispatch import backend
+
+    config = model.config
+    per_column = config.num_layers * config.num_kv_heads
+    pool = Pool(columns * per_column, config.head_dim, model.dtype)
+    view = ViewConfig(config.num_layers, per_column, pool.total, 8, 2048)
+    made = Watched(
+        Machine(model, backend("torch"), ParkStore()),
+        pool,
+        policy or make_schedule(Method("sarathi"), view),
+        view,
+        Limits(8192, deterministic=True),
+        [rows.part()] if rows else [],
+        PrefixCache(pool, 64, b"law") if cached else None,
+    )
+    made.seen = {}
+    return made
+
+
+def run(made: Watched, asked: list[Asked], chaos: int | None = None) -> Logits:
+    """All rows' logits of all requests, with stops and thread counts at random under `chaos`."""
+    rng = random.Random(chaos)
+    if chaos is not None:
+        made.on_stop = lambda work, stop: made._inbox.append(Timer()) if rng.random() < 0.03 else None
+    for one in asked:
+        made.seen[one.rid] = {}
+
+        def sink(tok: Tensor, logits: Tensor, rid: str = one.rid) -> None:
+            made.seen[rid] |= dict(zip(tok.tolist(), logits.clone()))
+
+        sampling = SamplingParams(max_tokens=one.new_tokens, ignore_eos=True)
+        made.add(Request(one.rid, one.ids, sampling, logits_at="all", logits_sink=sink))
+    while made.has_work:
+        if chaos is not None:
+            torch.set_num_threads(rng.choice([1, 2]))
+        made.step()
+        made.pool.check()
+    assert made.pool.used == 0 and made.pool.reserved == 0 and made.machine.park.nbytes == 0
+    return made.seen
+
+
+def one_shot(model: Llama, asked: list[Asked], rows: Everything | None = None) -> Logits:
+    """Each request alone, its prompt in one segment."""
+    seen: Logits = {}
+    for one in asked:
+        seen |= run(engine(model, None, 64, rows, cached=False), [one])
+    return seen
+
+
+def chaotic(
+    model: Llama, asked: list[Asked], seed: int, rows: Everything | None = None, cached: bool = False
+) -> tuple[Logits, Chaos]:
+    """All requests together, under a random legal schedule."""
+    policy = Chaos(seed, model.config.num_layers)
+    columns = max(2 * (len(a.ids) + a.new_tokens) // 64 + 4 for a in asked)
+    return run(engine(model, policy, columns, rows, cached), asked, chaos=seed), policy
+
+
+def differences(got: Logits, want: Logits) -> list[tuple[str, int, float]]:
+    """Rows that are not bit for bit the same: (request, ordinal, largest difference)."""
+    return [
+        (rid, tok, float((got[rid][tok] - logits).abs().max()))
+        for rid, rows in want.items()
+        for tok, logits in rows.items()
+        if tok not in got[rid] or not torch.equal(got[rid][tok], logits)
+    ]
+
+
+def only_sampled(logits: Logits, asked: list[Asked]) -> Logits:
+    """Rows that every schedule computes, also under a prefix cache: the last prompt row and generated ones."""
+    return {a.rid: {t: row for t, row in logits[a.rid].items() if t >= len(a.ids) - 1} for a in asked}
+
+
+__all__ = ["Asked", "chaotic", "differences", "engine", "one_shot", "only_sampled", "replace", "run"]

@@ -1,0 +1,127 @@
+"""The laws: any legal schedule gives the logits of one dense pass.
+
+Bit for bit in deterministic mode, in float32 and bf16, alone or among others, on one thread or two; the same under a
+row policy that drops, parks, revives and waits at a barrier.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from firstlight.kernels.dispatch import backend
+from firstlight.models.config import ModelConfig
+from firstlight.models.families import build_model
+from firstlight.models.llama import Llama
+from firstlight.models.weights.checkpoint import open_checkpoint
+from firstlight.models.weights.store import load_weights
+from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled
+from tests.path.laws import Everything
+
+EXAMPLES = 25 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 200
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 200, 300, 700, 1025, 2150]
+seeds = st.integers(0, 10**6)
+
+
+def tiny(dtype: torch.dtype, num_layers: int = 2) -> Llama:
+    config = ModelConfig("llama", num_layers, 96, 192, 6, 2, 16, 320, 1e-5, 10000.0, 8192, True)
+    generator = torch.Generator().manual_seed(5)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.12).to(dtype)
+
+    weights = {"model.embed_tokens.weight": weight(320, 96), "model.norm.weight": torch.ones(96)}
+    shapes = {"self_attn.q_proj": (96, 96), "self_attn.k_proj": (32, 96), "self_attn.v_proj": (32, 96)}
+    shapes |= {"self_attn.o_proj": (96, 96), "mlp.gate_proj": (192, 96), "mlp.up_proj": (192, 96)}
+    shapes |= {"mlp.down_proj": (96, 192)}
+    for i in range(num_layers):
+        weights |= {f"model.layers.{i}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{i}.{norm}.weight"] = 1 + weight(96).float()
+    return build_model(config, weights, backend("torch"))
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def small(request: pytest.FixtureRequest) -> Llama:
+    return tiny(DTYPES[request.param])
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def deep(request: pytest.FixtureRequest) -> Llama:
+    return tiny(DTYPES[request.param], num_layers=5)
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def real(request: pytest.FixtureRequest, smollm2_path) -> Llama:
+    checkpoint = open_checkpoint(smollm2_path)
+    return build_model(checkpoint.config, load_weights(checkpoint, DTYPES[request.param]), backend("torch"))
+
+
+def example(seed: int, lengths: list[int], vocabulary: int) -> list[Asked]:
+    """Two to four requests; some share a beginning."""
+    rng = random.Random(seed)
+    shared = tuple(rng.randrange(vocabulary) for _ in range(max(lengths)))
+    asked = []
+    for i in range(rng.randint(2, 4)):
+        length = rng.choice(lengths)
+        common = rng.choice([0, length // 2, length])
+        ids = shared[:common] + tuple(rng.randrange(vocabulary) for _ in range(length - common))
+        asked.append(Asked(f"r{i}", ids, rng.randint(1, 4)))
+    return asked
+
+
+@settings(max_examples=EXAMPLES)
+@given(seed=seeds)
+def test_any_schedule_gives_the_bits_of_one_dense_pass(small: Llama, seed: int) -> None:
+    asked = example(seed, LENGTHS, 320)
+    got, _ = chaotic(small, asked, seed)
+    assert differences(got, one_shot(small, asked)) == []
+
+
+@settings(max_examples=EXAMPLES)
+@given(seed=seeds)
+def test_the_same_with_a_prefix_cache(small: Llama, seed: int) -> None:
+    asked = example(seed, LENGTHS[:-2], 320)
+    got, _ = chaotic(small, asked, seed, cached=True)
+    assert differences(only_sampled(got, asked), only_sampled(one_shot(small, asked), asked)) == []
+
+
+@settings(max_examples=EXAMPLES)
+@given(seed=seeds)
+def test_the_same_under_a_row_policy(deep: Llama, seed: int) -> None:
+    asked = example(seed, LENGTHS, 320)
+    rows = Everything(seed, 5)
+    got, _ = chaotic(deep, asked, seed, rows=rows)
+    want = one_shot(deep, asked, rows=rows)
+    assert differences(got, want) == []
+    assert sum(len(r) for r in want.values()) < sum(len(a.ids) + a.new_tokens for a in asked) or all(
+        len(a.ids) < 10 for a in asked
+    ), "the policy cut nothing"
+
+
+@settings(max_examples=EXAMPLES)
+@given(seed=seeds)
+def test_the_same_on_the_real_model(real: Llama, seed: int) -> None:
+    lengths = [1, 31, 64, 65, 90, 130] if seed % 12 else [20, 2101]
+    asked = example(seed, lengths, 49000)[: 4 if seed % 12 else 1]
+    got, _ = chaotic(real, asked, seed)
+    assert differences(got, one_shot(real, asked)) == []
+
+
+def test_the_examples_do_what_they_claim() -> None:
+    """Preemption in a fifth of them at least, yields in most, lengths past two splits in some."""
+    model = tiny(torch.float32)
+    preempted = yielded = long = 0
+    for seed in range(EXAMPLES):
+        asked = example(seed, LENGTHS, 320)
+        _, policy = chaotic(model, asked, seed)
+        preempted += policy.num_preempted > 0
+        yielded += policy.num_yielded > 0
+        long += any(len(a.ids) > 2100 for a in asked)
+    assert preempted >= EXAMPLES / 5 and yielded >= EXAMPLES / 3 and long >= 2, (preempted, yielded, long)
