@@ -59,6 +59,7 @@ class Pool:
         self._num_free -= count
         ids = np.sort(self._free[self._num_free : self._num_free + count])
         self._held[ids] = 1
+        self.layout.clear(torch.from_numpy(ids.astype(np.int64)))
         return ids
 
     def hold(self, ids: Ids) -> None:

@@ -6,6 +6,7 @@ attention call serves them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from firstlight.core.parts import RequestRows
 from firstlight.core.schedule import Segment
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.rates import padded
+from firstlight.kernels.contract import AttnRows
+from firstlight.models.llama import Llama
 
 
 @dataclass(slots=True)
@@ -62,7 +65,7 @@ class Member:
 class Batch:
     """x [N, D] and what travels with each row. The buffer has a few zero rows more, so that blocks can be padded."""
 
-    def __init__(self, members: list[Member]) -> None:
+    def __init__(self, members: list[Member], model: Llama) -> None:
         self.members = sorted(members, key=_order)
         self.n = sum(len(m.tok) for m in members)
         dim, dtype = members[0].x.shape[1], members[0].x.dtype
@@ -75,11 +78,16 @@ class Batch:
             self.x[lo:hi] = member.x
             member.x, member.lo = self.x[lo:hi], lo
             lo = hi
-
-    def groups(self) -> list[list[Member]]:
-        """Members that one attention call serves: all without a planner together, each with one alone."""
+        self.cos, self.sin = model.rope(torch.nn.functional.pad(self.pos, (0, len(self.x) - self.n)))
         plain = [m for m in self.members if m.live.planner is None]
-        return ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
+        groups = ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
+        self.groups = [(members, self._rows(members)) for members in groups]
+        """Members that one attention call serves, and its rows: all without a planner together, others alone."""
+
+    def _rows(self, members: Sequence[Member]) -> AttnRows:
+        lo, hi = members[0].lo, members[-1].hi
+        first = [m.lo - lo for m in members] + [hi - lo]
+        return AttnRows(first, self.tok[lo:hi], self.pos[lo:hi], [m.decode for m in members])
 
 
 def _order(member: Member) -> tuple[bool, bool]:

@@ -138,7 +138,7 @@ class Pass:
 
     def _layer(self, layer: int) -> Iterator[Stop]:
         aside = self._before(layer)
-        batch = self._batch = self._batch or Batch(self._members)
+        batch = self._batch = self._batch or Batch(self._members, self.machine.model)
         config = self.machine.model.config
         rows = batch.x.shape[0]
         q = torch.empty(rows, config.num_heads, config.head_dim, dtype=batch.x.dtype)
@@ -175,10 +175,8 @@ class Pass:
 
     def _qkv(self, layer: int, batch: Batch, q: Tensor, kv: Tensor) -> Iterator[Stop]:
         model = self.machine.model
-        pos = torch.nn.functional.pad(batch.pos, (0, batch.x.shape[0] - batch.n))
-        cos, sin = model.rope(pos)
         for lo, hi in self._blocks(batch, model.layer_flops):
-            q[lo:hi], kv[0, lo:hi], kv[1, lo:hi] = model.qkv(layer, batch.x[lo:hi], cos[lo:hi], sin[lo:hi])
+            q[lo:hi], kv[0, lo:hi], kv[1, lo:hi] = model.qkv(layer, batch.x[lo:hi], batch.cos[lo:hi], batch.sin[lo:hi])
             yield Stop("slice", layer, "qkv")
         yield Stop("op", layer, "qkv")
 
@@ -194,8 +192,8 @@ class Pass:
 
     def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes) -> Iterator[Stop]:
         ops, rate = self.machine.ops, self.machine.attention
-        for members in batch.groups():
-            call = self._call(layer, members, q, out, probes)
+        for members, rows in batch.groups:
+            call = self._call(layer, members, rows, q, out, probes)
             for r0, r1, work in _slices(ops.attend_work(call, 0, call.q.shape[0]), rate):
                 began = time.perf_counter()
                 ops.attend(call, r0, r1)
@@ -203,16 +201,11 @@ class Pass:
                 yield Stop("slice", layer, "attend")
             self._count(members, call)
 
-    def _call(self, layer: int, members: Sequence[Member], q: Tensor, out: Tensor, probes: Probes) -> AttnCall:
+    def _call(
+        self, layer: int, members: Sequence[Member], rows: AttnRows, q: Tensor, out: Tensor, probes: Probes
+    ) -> AttnCall:
         """The attention call of members that lie together in the batch."""
         lo, hi = members[0].lo, members[-1].hi
-        assert self._batch is not None
-        rows = AttnRows(
-            [m.lo - lo for m in members] + [hi - lo],
-            self._batch.tok[lo:hi],
-            self._batch.pos[lo:hi],
-            [m.decode for m in members],
-        )
         model, only = self.machine.model, members[0]
         plan = None if only.live.planner is None else only.live.planner.plan(self._plan_context(layer, only, q))
         return AttnCall(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -31,11 +31,16 @@ class AttnRows:
     """i64 [N] positions: windows."""
     decode: Sequence[bool]
     """[B] whether the rows are decode rows (ordinals at or past the prompt's end)."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What a backend worked out about these rows, for the next layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVView:
-    """What one request holds in one layer, by KV head: entries sorted by ordinal, spread over blocks of 64."""
+    """What one request holds in one layer, by KV head: entries sorted by ordinal, spread over blocks of 64.
+
+    Places of a block past the length hold finite numbers: the pool hands blocks out zeroed.
+    """
 
     table: Tensor
     """i32 [Hkv, nb]: block numbers; 0 = nothing there."""

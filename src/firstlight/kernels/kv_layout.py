@@ -6,6 +6,7 @@ stands wherever a table has nothing.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,8 @@ class KVLayout:
     def __init__(self, num_blocks: int, head_dim: int, dtype: torch.dtype) -> None:
         self.head_dim = head_dim
         self.dtype = dtype
-        self.k = torch.zeros(num_blocks, BLOCK, head_dim, dtype=dtype)
-        self.v = torch.zeros(num_blocks, BLOCK, head_dim, dtype=dtype)
+        self.k = _untouched(num_blocks, head_dim, dtype)
+        self.v = _untouched(num_blocks, head_dim, dtype)
 
     @staticmethod
     def block_nbytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -46,6 +47,11 @@ class KVLayout:
         flat, shape = table.reshape(-1), (table.shape[0], table.shape[1] * BLOCK, self.head_dim)
         return self.k.index_select(0, flat).view(shape), self.v.index_select(0, flat).view(shape)
 
+    def clear(self, blocks: Tensor) -> None:
+        """Zero whole blocks i64 [n]."""
+        self.k.index_fill_(0, blocks, 0)
+        self.v.index_fill_(0, blocks, 0)
+
     def copy(self, src: Tensor, dst: Tensor) -> None:
         """Copy whole blocks i64 [n] -> i64 [n]."""
         self.k.index_copy_(0, dst, self.k.index_select(0, src))
@@ -64,3 +70,9 @@ class KVLayout:
         shape, stride = (heads, nb * BLOCK, self.head_dim), (step * per, self.head_dim, 1)
         offset = int(ids[0, 0]) * per
         return self.k.as_strided(shape, stride, offset), self.v.as_strided(shape, stride, offset)
+
+
+def _untouched(num_blocks: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [num_blocks, 64, head_dim] that take memory only where they are written."""
+    shape = (num_blocks, BLOCK, head_dim * dtype.itemsize)
+    return torch.from_numpy(np.zeros(shape, np.uint8)).view(dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -84,42 +85,79 @@ def _triangle(size: int, group: int, dtype: torch.dtype) -> Tensor:
 # --- plain decode rows: the whole splits of all rows in one call, last parts by length --------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Parts of equal shape of some decode rows: part `part[j]` of the row in tile `row[j]`."""
+
+    row: list[int]
+    part: list[int]
+    span: int
+    where: tuple[Tensor, Tensor]
+    """(part, row) as indices."""
+    lo: Tensor
+    """i64 [P]: the row's number in the call."""
+    mask: Tensor | None
+    """Additive [P * Hkv, 1, 1, span]; None = whole splits."""
+
+
 def _attend_decode(call: AttnCall, rows: list[Tile]) -> None:
-    groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    """All decode rows at once; what doesn't change from layer to layer is worked out once."""
+    key = ("decode", rows[0].lo, rows[-1].hi, len(rows))
+    if key not in call.rows.memo:
+        call.rows.memo[key] = _decode_groups(call, rows)
+    groups, lo, pairs = call.rows.memo[key]
+    if len(groups) == 1 and len(groups[0].row) == len(rows):
+        out, lse = _decode_group(call, rows, groups[0])
+    else:
+        heads, dim = call.q.shape[1:]
+        depth = max(tile.start for tile in rows) // SPLIT + 1
+        parts = torch.zeros(depth, len(rows), heads, dim)
+        parts_lse = torch.full((depth, len(rows), heads), -math.inf)
+        for group in groups:
+            parts[group.where], parts_lse[group.where] = _decode_group(call, rows, group)
+        out, lse = _merge(parts, parts_lse)
+    call.out[lo] = out.to(call.out.dtype)
+    if call.lse is not None:
+        call.lse[lo] = lse
+    call.stats.dense += pairs
+    call.stats.visible += pairs
+    if call.probe is not None:
+        for i, tile in enumerate(rows):
+            add_probe_sums(tile, lse[i : i + 1])
+
+
+def _decode_groups(call: AttnCall, rows: list[Tile]) -> tuple[list[DecodeGroup], Tensor, int]:
+    """Groups by length of part; the rows' numbers; how many (key, head) pairs they read."""
+    members: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for i, tile in enumerate(rows):
         whole, rest = divmod(tile.start + 1, SPLIT)
-        groups[0] += [(i, part) for part in range(whole)]
-        groups[-(-rest // _EDGE) * _EDGE] += [(i, whole)] if rest else []
-    heads, dim = call.q.shape[1:]
-    depth = max(tile.start for tile in rows) // SPLIT + 1
-    out = torch.zeros(depth, len(rows), heads, dim)
-    lse = torch.full((depth, len(rows), heads), -math.inf)
-    for length, members in groups.items():
-        if members:
-            i, part = torch.tensor(members).T
-            out[part, i], lse[part, i] = _decode_group(call, rows, members, length)
-    merged_out, merged_lse = _merge(out, lse)
-    for i, tile in enumerate(rows):
-        _store(tile, merged_out[i : i + 1], merged_lse[i : i + 1])
+        members[0] += [(i, part) for part in range(whole)]
+        members[-(-rest // _EDGE) * _EDGE] += [(i, whole)] if rest else []
+    groups = [_decode_shape(call, rows, m, span) for span, m in members.items() if m]
+    pairs = sum(tile.start + 1 for tile in rows) * call.q.shape[1]
+    return groups, torch.tensor([tile.lo for tile in rows]), pairs
 
 
-def _decode_group(
-    call: AttnCall, rows: list[Tile], members: list[tuple[int, int]], length: int
-) -> tuple[Tensor, Tensor]:
-    """Parts of equal length (0: whole splits) of some rows -> out [P, Hq, D], lse [P, Hq]."""
-    span = length or SPLIT
-    table = torch.stack([blocks(rows[i].view, part * (SPLIT // BLOCK), span // BLOCK) for i, part in members])
-    p, hkv, nb = table.shape
-    k, v = call.layout.read_blocks(table.view(p * hkv, nb))
-    q = torch.stack([call.q[rows[i].lo] for i, _ in members]).view(p * hkv, 1, -1, call.q.shape[2])
-    mask = None
-    if length:
-        seen = torch.tensor([rows[i].start + 1 - part * SPLIT for i, part in members])
-        hidden = (torch.arange(span) >= seen[:, None]).repeat_interleave(hkv, 0)
-        k, v = (t.masked_fill(hidden[..., None], 0) for t in (k, v))
-        mask = torch.zeros(p * hkv, 1, 1, span, dtype=q.dtype).masked_fill_(hidden[:, None, None], -math.inf)
-    out, lse = _flash_part(q, k, v, mask, call.scale)
-    return out.reshape(p, -1, out.shape[-1]), lse.reshape(p, -1)
+def _decode_shape(call: AttnCall, rows: list[Tile], members: list[tuple[int, int]], span: int) -> DecodeGroup:
+    """The group of `members` = (row, part); span 0 stands for whole splits."""
+    row, part, mask = [i for i, _ in members], [p for _, p in members], None
+    if span:
+        hkv = rows[0].view.table.shape[0]
+        seen = torch.tensor([rows[i].start + 1 - p * SPLIT for i, p in zip(row, part)])
+        hidden = (torch.arange(span) >= seen[:, None]).repeat_interleave(hkv, 0)[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=call.q.dtype).masked_fill_(hidden, -math.inf)
+    lo = torch.tensor([rows[i].lo for i in row])
+    return DecodeGroup(row, part, span or SPLIT, (torch.tensor(part), torch.tensor(row)), lo, mask)
+
+
+def _decode_group(call: AttnCall, rows: list[Tile], group: DecodeGroup) -> tuple[Tensor, Tensor]:
+    """out f32 [P, Hq, D], lse [P, Hq] of one group."""
+    per, nb = SPLIT // BLOCK, group.span // BLOCK
+    table = torch.cat([blocks(rows[i].view, part * per, nb) for i, part in zip(group.row, group.part)])
+    k, v = call.layout.read_blocks(table)
+    q = call.q.index_select(0, group.lo).view(table.shape[0], 1, -1, call.q.shape[2])
+    out, lse = _flash_part(q, k, v, group.mask, call.scale)
+    return out.reshape(len(group.row), -1, out.shape[-1]), lse.reshape(len(group.row), -1)
 
 
 # --- everything else: splits of the view under a mask -----------------------------------------------------------------

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firstlight.kernels.contract import AttnCall, KVView
+from firstlight.kernels.contract import AttnCall, AttnRows, KVView
 from firstlight.kernels.kv_layout import BLOCK
 
 
@@ -54,15 +54,23 @@ def tile_span(tok: int) -> tuple[int, int]:
     return tok - tok % size, size
 
 
-def tiles(call: AttnCall, r0: int, r1: int) -> Iterator[Tile]:
+def tiles(call: AttnCall, r0: int, r1: int) -> list[Tile]:
     """The tiles of rows [r0, r1), in order; a decode row is a tile of its own."""
-    for b, decode in enumerate(call.rows.decode):
-        lo, end = max(call.rows.row_ptr[b], r0), min(call.rows.row_ptr[b + 1], r1)
-        base, toks = lo, call.rows.tok[lo:end].tolist()
+    spans = call.rows.memo.get((r0, r1))
+    if spans is None:
+        spans = call.rows.memo[r0, r1] = list(_spans(call.rows, r0, r1))
+    return [Tile(call, *span) for span in spans]
+
+
+def _spans(rows: AttnRows, r0: int, r1: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """(b, lo, hi, start, size) of each tile."""
+    for b, decode in enumerate(rows.decode):
+        lo, end = max(rows.row_ptr[b], r0), min(rows.row_ptr[b + 1], r1)
+        base, toks = lo, rows.tok[lo:end].tolist()
         while lo < end:
             start, size = (toks[lo - base], 1) if decode else tile_span(toks[lo - base])
             hi = base + bisect_left(toks, start + size, lo=lo - base)
-            yield Tile(call, b, lo, hi, start, size)
+            yield b, lo, hi, start, size
             lo = hi
 
 
@@ -90,19 +98,13 @@ def blocks(view: KVView, first: int, nb: int) -> Tensor:
 
 
 def entries(tile: Tile, a: int, e: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """k, v [Hkv, e - a, D] of entries [a, e). What isn't there or isn't `seen` (bool [H', e - a]) is zero.
+    """k, v [Hkv, e - a, D] of entries [a, e); what isn't there is zero.
 
-    Blocks without a seen entry are not even read: whatever they hold can't reach the output.
+    Blocks without a `seen` entry (bool [H', e - a]) are not read: whatever they hold can't reach the output.
     """
-    view, shift = tile.view, a % BLOCK
-    nb = -(-(shift + e - a) // BLOCK)
-    table = blocks(view, a // BLOCK, nb)
-    there = torch.arange(a, e) < torch.tensor(view.length)[:, None]
+    shift = a % BLOCK
+    table = blocks(tile.view, a // BLOCK, -(-(shift + e - a) // BLOCK))
     if seen is not None:
-        there = there & seen
-        table = table * there.view(table.shape[0], nb, -1).any(-1)
-    k, v = (t[:, shift : shift + e - a] for t in tile.call.layout.read_blocks(table))
-    if bool(there.all()):
-        return k, v
-    gone = ~there[..., None]
-    return k.masked_fill(gone, 0), v.masked_fill(gone, 0)
+        table = table * seen.view(len(seen), table.shape[1], -1).any(-1)
+    k, v = tile.call.layout.read_blocks(table)
+    return k[:, shift : shift + e - a], v[:, shift : shift + e - a]
