@@ -30,7 +30,8 @@ def operands(op: str, n: int, heads: int, dim: int, dtype: torch.dtype) -> tuple
         return draw(n, width).to(dtype) * 3, [draw(width), 1e-5]
     if op == "rotate":
         angle = draw(n, dim // 2) * 100
-        return draw(n, heads, dim).to(dtype), [angle.cos(), angle.sin()]
+        cos, sin = angle.cos(), angle.sin()
+        return draw(n, heads, dim).to(dtype), [torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]
     if op == "silu_mul":
         return (draw(n, 2 * width) * 4).to(dtype), []
     return draw(n, width).to(dtype), [(draw(96, width) / width**0.5).to(dtype)]
@@ -54,7 +55,8 @@ def formula(op: str, x: Tensor, rest: list) -> Tensor:
         return x * (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + rest[1]).pow(-0.5) * rest[0].double()
     if op == "rotate":
         half = x.shape[-1] // 2
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(*(r.double() for r in rest))[:, None]
+        turn = torch.complex(*(r[:, half:].double() for r in rest))[:, None]
+        turned = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat([turned.real, turned.imag], -1)
     if op == "silu_mul":
         half = x.shape[-1] // 2

@@ -34,6 +34,8 @@ class RequestKV:
         self.length = np.zeros((num_layers, num_kv_heads), np.int64)
         self.reserved = 0
         """Blocks of the pool's reservation that are this request's."""
+        self._tables: Tensor | None = None
+        """`table` as a tensor over the same memory."""
         self._explicit: dict[int, tuple[Tensor, Tensor]] = {}
         """Layer -> (tok, pos) i64 [Hkv, capacity] of explicit rows."""
 
@@ -124,6 +126,28 @@ class RequestKV:
         for head in range(k.shape[1]):
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
+    def slots(self, layers: tuple[int, int], tok: Tensor) -> Tensor | None:
+        """Where ordinals tok i64 [n] go in each of these layers, i64 [layers, n, Hkv], ready for `put`.
+
+        None if the rows aren't identities that these ordinals continue or overwrite; `write` then sorts it out.
+        """
+        lo, hi = layers
+        first, last = int(tok[0]), int(tok[-1])
+        if self._explicit or last - first + 1 != len(tok) or first > int(self.length[lo:hi].min()):
+            return None
+        for layer in range(lo, hi):
+            self._own(layer, None, first // BLOCK, last // BLOCK + 1)
+        entry = tok.numpy()
+        blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
+        return torch.from_numpy((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1).reshape(hi - lo, -1))
+
+    def put(self, layer: int, slots: Tensor, end: int, k: Tensor, v: Tensor) -> None:
+        """Write k, v [n, Hkv, D] at slots [n * Hkv] of a layer; the row then holds `end` ordinals at least."""
+        dim = k.shape[-1]
+        self.pool.layout.write(slots, k.reshape(-1, dim), v.reshape(-1, dim))
+        if end > self.length[layer, 0]:
+            self.length[layer] = end
+
     def keep(self, layer: int, idx: Sequence[Tensor]) -> None:
         """Only entries idx[h] (i64, ascending) of each head stay; blocks left over are freed."""
         if layer not in self._explicit:
@@ -138,12 +162,12 @@ class RequestKV:
 
     def view(self, layer: int, visible: Tensor | None = None) -> KVView:
         """What kernels read of one layer; `visible`: ordinals i64 [m] that this pass may read, None = all."""
-        used = int(self.num_blocks[layer].max())
-        table = torch.from_numpy(self.table[layer, :, :used])
+        if self._tables is None or self._tables.data_ptr() != self.table.ctypes.data:
+            self._tables = torch.from_numpy(self.table)
         length = self.length[layer].tolist()
         tok, pos = self._explicit.get(layer, (None, None))
         mask = None if visible is None else torch.isin(self.ordinals(layer), visible)
-        return KVView(table, length, tok, pos, mask)
+        return KVView(self._tables[layer], length, tok, pos, mask)
 
     def ordinals(self, layer: int) -> Tensor:
         """i64 [Hkv, max length] of each entry; beyond a head's length the values mean nothing."""

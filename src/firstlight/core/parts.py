@@ -168,6 +168,6 @@ class Scorer(Protocol):
 class Linears(Protocol):
     """Prepared linear layers: how a model multiplies by its weights."""
 
-    def __call__(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [n, I] -> [n, O]."""
+    def __call__(self, name: str, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x [n, I] (+ add [n, O]) -> [n, O]."""
         ...

@@ -33,6 +33,8 @@ class Member:
     visible: Tensor | None = None
     """Ordinals that this layer's pass may read; None = all."""
     lo: int = 0
+    slots: Tensor | None = None
+    """Where the rows' K/V go, i64 [layers, n * Hkv]; None = ask the table in each layer."""
 
     @property
     def hi(self) -> int:
@@ -41,6 +43,11 @@ class Member:
     @property
     def decode(self) -> bool:
         return self.segment.kind == "decode"
+
+    @property
+    def is_plain(self) -> bool:
+        """No policy touches the rows, and all of them are written."""
+        return not self.live.policies and self.segment.tok[0] >= self.live.held
 
     @property
     def final(self) -> bool:
@@ -62,6 +69,17 @@ class Member:
         self.x = torch.cat([self.x, x])[order]
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows [lo, hi) of a batch, as row-local operators take them: views into it."""
+
+    lo: int
+    hi: int
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
 class Batch:
     """x [N, D] and what travels with each row. The buffer has a few zero rows more, so that blocks can be padded."""
 
@@ -79,10 +97,18 @@ class Batch:
             member.x, member.lo = self.x[lo:hi], lo
             lo = hi
         self.cos, self.sin = model.rope(torch.nn.functional.pad(self.pos, (0, len(self.x) - self.n)))
+        self._blocks: dict[int, list[Block]] = {}
         plain = [m for m in self.members if m.live.planner is None]
         groups = ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
         self.groups = [(members, self._rows(members)) for members in groups]
         """Members that one attention call serves, and its rows: all without a planner together, others alone."""
+
+    def blocks(self, step: int) -> list[Block]:
+        """The rows in blocks of `step`; the last one reaches into the padding. Cut once for all layers."""
+        if step not in self._blocks:
+            ends = [(lo, min(lo + step, lo + padded(self.n - lo))) for lo in range(0, max(self.n, 1), step)]
+            self._blocks[step] = [Block(lo, hi, self.x[lo:hi], self.cos[lo:hi], self.sin[lo:hi]) for lo, hi in ends]
+        return self._blocks[step]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         lo, hi = members[0].lo, members[-1].hi

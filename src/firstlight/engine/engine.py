@@ -332,9 +332,9 @@ class Engine:
                 self.on_stop(live_unit.work, stop)
             if self._inbox or (self._wake_at is not None and self._now() >= self._wake_at):
                 self._decide(self._drain())
-            if live_unit.work.is_abandoned:
-                live_unit.stops.close()  # type: ignore[attr-defined]
-                break
+                if live_unit.work.is_abandoned:
+                    live_unit.stops.close()  # type: ignore[attr-defined]
+                    break
             if live_unit.stop_wanted and _may_stop(live_unit.unit, stop):
                 self._wait(live_unit, stop)
                 return

@@ -9,7 +9,7 @@ and retention; rows leave (park store, or the head).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,7 @@ from firstlight.engine.cuts import CutTaken, RowCuts
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.park import ParkStore
 from firstlight.engine.probes import Probes
-from firstlight.engine.rates import SLICE_S, Rate, padded
+from firstlight.engine.rates import SLICE_S, Rate
 from firstlight.kernels.contract import AttnCall, AttnRows
 from firstlight.models.llama import Llama
 
@@ -139,15 +139,11 @@ class Pass:
     def _layer(self, layer: int) -> Iterator[Stop]:
         aside = self._before(layer)
         batch = self._batch = self._batch or Batch(self._members, self.machine.model)
-        config = self.machine.model.config
-        rows = batch.x.shape[0]
-        q = torch.empty(rows, config.num_heads, config.head_dim, dtype=batch.x.dtype)
-        kv = torch.empty(2, rows, config.num_kv_heads, config.head_dim, dtype=batch.x.dtype)
-        yield from self._qkv(layer, batch, q, kv)
+        q, k, v = yield from self._qkv(layer, batch)
         for m in batch.members:
-            self._row_cuts.on_kv(m, layer, kv[0, m.lo : m.hi], kv[1, m.lo : m.hi])
-            self._write(layer, m, kv[0, m.lo : m.hi], kv[1, m.lo : m.hi])
-        attended = torch.zeros_like(q)
+            self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
+            self._write(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])
+        attended = torch.zeros(q.shape, dtype=q.dtype)
         probes = Probes(layer, batch)
         yield from self._attend(layer, batch, q, attended, probes)
         for m in batch.members:
@@ -167,28 +163,30 @@ class Pass:
                 aside += [(member, *entered)] if len(entered[0]) else []
         return aside
 
-    def _blocks(self, batch: Batch, work: float) -> Iterator[tuple[int, int]]:
-        """Row blocks of at most a slice of predicted work; the last one reaches into the padding."""
-        step = self.machine.linear.rows(work)
-        for lo in range(0, batch.n, step):
-            yield lo, min(lo + step, lo + padded(batch.n - lo))
-
-    def _qkv(self, layer: int, batch: Batch, q: Tensor, kv: Tensor) -> Iterator[Stop]:
-        model = self.machine.model
-        for lo, hi in self._blocks(batch, model.layer_flops):
-            q[lo:hi], kv[0, lo:hi], kv[1, lo:hi] = model.qkv(layer, batch.x[lo:hi], batch.cos[lo:hi], batch.sin[lo:hi])
+    def _qkv(self, layer: int, batch: Batch) -> Generator[Stop, None, Sequence[Tensor]]:
+        """q [N, Hq, d], k, v [N, Hkv, d] of all rows, padding included."""
+        model, done = self.machine.model, []
+        for block in batch.blocks(self.machine.linear.rows(model.layer_flops)):
+            done.append(model.qkv(layer, block.x, block.cos, block.sin))
             yield Stop("slice", layer, "qkv")
         yield Stop("op", layer, "qkv")
+        return done[0] if len(done) == 1 else [torch.cat(parts) for parts in zip(*done)]
 
     def _write(self, layer: int, m: Member, k: Tensor, v: Tensor) -> None:
         """Upsert the member's cells, but for those that were exact before."""
-        live = m.live
-        new = int((m.tok < live.held).sum()) if live.held else 0
-        tok = m.tok[new:]
-        live.kv.provide((layer, layer + 1), _beyond(live, layer, tok))
-        live.kv.write(layer, tok, m.pos[new:], k[new:], v[new:])
+        live, (l0, l1) = m.live, m.segment.layer
         if not m.decode:
             live.computed += len(m.tok)
+        if m.slots is None and layer == l0 and m.is_plain:
+            m.slots = live.kv.slots((l0, l1), m.tok)
+        if m.slots is not None:
+            live.kv.put(layer, m.slots[layer - l0], m.segment.tok[1], k, v)
+            return
+        new = int((m.tok < live.held).sum()) if live.held else 0
+        tok = m.tok[new:]
+        if live.policies:
+            live.kv.provide((layer, layer + 1), _beyond(live, layer, tok))
+        live.kv.write(layer, tok, m.pos[new:], k[new:], v[new:])
 
     def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes) -> Iterator[Stop]:
         ops, rate = self.machine.ops, self.machine.attention
@@ -242,18 +240,17 @@ class Pass:
         """Density is reported for prompts: their requests have a call of their own, or read everything."""
         for i, m in enumerate(members):
             if not m.decode:
-                share = (
-                    int((call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]] + 1).sum()) * call.q.shape[1]
-                )
+                tok = call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]]
+                share = int((tok + 1).sum()) * call.q.shape[1]
                 m.live.stats.dense += share
-                m.live.stats.visible += share if len(members) > 1 or call.plan is None else call.stats.visible
+                m.live.stats.visible += share if len(members) > 1 else call.stats.visible
 
     def _finish(self, layer: int, batch: Batch, attended: Tensor) -> Iterator[Stop]:
         model, rate = self.machine.model, self.machine.linear
-        for lo, hi in self._blocks(batch, model.layer_flops):
+        for block in batch.blocks(rate.rows(model.layer_flops)):
             began = time.perf_counter()
-            batch.x[lo:hi] = model.finish(layer, batch.x[lo:hi], attended[lo:hi])
-            rate.observe(model.layer_flops * (hi - lo), time.perf_counter() - began)
+            block.x.copy_(model.finish(layer, block.x, attended[block.lo : block.hi]))
+            rate.observe(model.layer_flops * len(block.x), time.perf_counter() - began)
             yield Stop("slice", layer, "mlp")
 
     def _after(self, layer: int, batch: Batch, probes: Probes, aside: list[tuple[Member, Tensor, Tensor]]) -> None:

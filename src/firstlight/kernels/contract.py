@@ -15,7 +15,7 @@ from torch import Tensor
 from firstlight.core.attn import AttnPlan
 from firstlight.kernels.kv_layout import KVLayout
 
-SPLIT = 1024
+SPLIT = 512
 """View entries that are reduced together; splits are merged in ascending order."""
 
 

@@ -44,8 +44,13 @@ class KVLayout:
         run = self._run(table)
         if run is not None:
             return run
-        flat, shape = table.reshape(-1), (table.shape[0], table.shape[1] * BLOCK, self.head_dim)
-        return self.k.index_select(0, flat).view(shape), self.v.index_select(0, flat).view(shape)
+        heads, nb = table.shape
+        return self.gather(table.reshape(-1), nb) if nb else (self.k.new_empty(heads, 0, self.head_dim),) * 2
+
+    def gather(self, blocks: Tensor, each: int) -> tuple[Tensor, Tensor]:
+        """k, v [n / each, 64 each, D]: a copy of blocks i32 [n], `each` at a time."""
+        shape = (len(blocks) // each, each * BLOCK, self.head_dim)
+        return self.k.index_select(0, blocks).view(shape), self.v.index_select(0, blocks).view(shape)
 
     def clear(self, blocks: Tensor) -> None:
         """Zero whole blocks i64 [n]."""

@@ -45,9 +45,10 @@ class Llama:
         return self.embedding[ids]
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """pos i64 [n] -> cos, sin f32 [n, d/2]; angles in float64, so that far positions stay exact."""
+        """pos i64 [n] -> cos, sin f32 [n, d], sin negative in the first half; angles in float64, exact however far."""
         angle = pos[:, None].double() * self._frequencies
-        return angle.cos().float(), angle.sin().float()
+        cos, sin = angle.cos().float(), angle.sin().float()
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [n, D] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d]."""
@@ -59,9 +60,11 @@ class Llama:
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """x [n, D], attended [n, Hq, d] -> x after the output projection and the MLP, both residual."""
-        x = x + self.linears(f"{layer}.o", attended.flatten(1))
+        x = self.linears(f"{layer}.o", attended.flatten(1), add=x)
         h = self.ops.rms_norm(x, self._gains[layer][1], self.config.rms_eps)
-        return x.add_(self.linears(f"{layer}.down", self.ops.silu_mul(self.linears(f"{layer}.gate_up", h))))
+        gated = self.ops.silu_mul(self.linears(f"{layer}.gate_up", h))
+        out: Tensor = self.linears(f"{layer}.down", gated, add=x)
+        return out
 
     def head(self, x: Tensor) -> Tensor:
         """x [n, D] -> logits f32 [n, vocabulary]."""

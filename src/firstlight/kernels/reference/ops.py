@@ -14,13 +14,14 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) of x [n, H, D] by its angle, cos and sin [n, D/2] -> [n, H, D].
+    """Turn each pair (x_i, x_{i + D/2}) of x [n, H, D] by its angle -> [n, H, D].
+
+    cos f32 [n, D] holds each pair's cosine in both halves, sin f32 [n, D] its sine, negative in the first half.
 
     Rotary embedding (arXiv 2104.09864, eq. 34), with the pairs in the two halves of a head, as GPT-NeoX lays them.
     """
     a, b = x.float().chunk(2, dim=-1)
-    c, s = cos.float()[:, None], sin.float()[:, None]
-    return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
+    return x.float() * cos[:, None] + torch.cat([b, a], dim=-1) * sin[:, None]
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

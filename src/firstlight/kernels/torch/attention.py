@@ -8,7 +8,7 @@ row's bits are its own. Work inside a part is PyTorch's CPU flash attention, whi
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from firstlight.kernels.contract import SPLIT, AttnCall
 from firstlight.kernels.kv_layout import BLOCK
-from firstlight.kernels.torch.gather import Tile, blocks, entries, pack, tile_span, tiles, unpack
+from firstlight.kernels.torch.gather import Tile, entries, pack, tile_span, tiles, unpack
 from firstlight.kernels.torch.probe import add_probe_sums
 from firstlight.kernels.torch.visibility import visible_mask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ROWS = 8
-_EDGE = 256
-"""Granularity of the length of a decode row's last part."""
+"""A call's rows are a multiple of this."""
+_LOWEST, _LEAST = -1e30, 1e-30
+"""Stand in for -inf and 0 where nothing is visible, so that no NaN arises; a visible row is far from both."""
 
 Parts = list[tuple[Tensor, Tensor]]
 """Partial results (out f32 [.., D], lse f32 [..]) in ascending order of their entries."""
@@ -82,82 +83,88 @@ def _triangle(size: int, group: int, dtype: torch.dtype) -> Tensor:
     return mask.repeat_interleave(group, 0)[None, None]
 
 
-# --- plain decode rows: the whole splits of all rows in one call, last parts by length --------------------------------
+# --- plain decode rows: all splits of all rows in one call ------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Parts of equal shape of some decode rows: part `part[j]` of the row in tile `row[j]`."""
+class DecodeRows:
+    """What stays the same from layer to layer for some decode rows: P splits in all, row by row."""
 
-    row: list[int]
-    part: list[int]
-    span: int
+    places: list[Tensor]
+    """Row by row i64 [Hkv * blocks]: its splits' blocks in the flat table, part by part, head by head."""
+    query: Tensor
+    """i64 [P]: the row of the call that reads each split."""
+    mask: Tensor
+    """Additive [P * Hkv, 1, 1, SPLIT]."""
     where: tuple[Tensor, Tensor]
-    """(part, row) as indices."""
-    lo: Tensor
-    """i64 [P]: the row's number in the call."""
-    mask: Tensor | None
-    """Additive [P * Hkv, 1, 1, span]; None = whole splits."""
+    """(part, row) of each split as indices."""
+    depth: int
+    """Splits of the longest row."""
+    lo: slice | Tensor
+    """The rows of the call."""
+    pairs: int
+    """(key, query head) pairs read."""
 
 
 def _attend_decode(call: AttnCall, rows: list[Tile]) -> None:
-    """All decode rows at once; what doesn't change from layer to layer is worked out once."""
-    key = ("decode", rows[0].lo, rows[-1].hi, len(rows))
-    if key not in call.rows.memo:
-        call.rows.memo[key] = _decode_groups(call, rows)
-    groups, lo, pairs = call.rows.memo[key]
-    if len(groups) == 1 and len(groups[0].row) == len(rows):
-        out, lse = _decode_group(call, rows, groups[0])
-    else:
-        heads, dim = call.q.shape[1:]
-        depth = max(tile.start for tile in rows) // SPLIT + 1
-        parts = torch.zeros(depth, len(rows), heads, dim)
-        parts_lse = torch.full((depth, len(rows), heads), -math.inf)
-        for group in groups:
-            parts[group.where], parts_lse[group.where] = _decode_group(call, rows, group)
-        out, lse = _merge(parts, parts_lse)
-    call.out[lo] = out.to(call.out.dtype)
+    key = ("decode", rows[0].lo, rows[-1].hi, len(rows), rows[0].view.table.shape)
+    shape = call.rows.memo.get(key)
+    if shape is None:
+        shape = call.rows.memo[key] = _decode_rows(call, rows)
+    tables = [tile.view.table.reshape(-1).index_select(0, p) for tile, p in zip(rows, shape.places)]
+    k, v = call.layout.gather(tables[0] if len(tables) == 1 else torch.cat(tables), SPLIT // BLOCK)
+    q = call.q.index_select(0, shape.query).view(len(k), 1, -1, call.q.shape[2])
+    out, lse = (t.reshape(len(shape.query), -1, *t.shape[2:]) for t in _flash_part(q, k, v, shape.mask, call.scale))
+    if shape.depth > 1:
+        out, lse = _merge(*_by_part(out, lse, shape, len(rows)))
+    call.out[shape.lo] = out
     if call.lse is not None:
-        call.lse[lo] = lse
-    call.stats.dense += pairs
-    call.stats.visible += pairs
+        call.lse[shape.lo] = lse
+    call.stats.dense += shape.pairs
+    call.stats.visible += shape.pairs
     if call.probe is not None:
         for i, tile in enumerate(rows):
             add_probe_sums(tile, lse[i : i + 1])
 
 
-def _decode_groups(call: AttnCall, rows: list[Tile]) -> tuple[list[DecodeGroup], Tensor, int]:
-    """Groups by length of part; the rows' numbers; how many (key, head) pairs they read."""
-    members: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for i, tile in enumerate(rows):
-        whole, rest = divmod(tile.start + 1, SPLIT)
-        members[0] += [(i, part) for part in range(whole)]
-        members[-(-rest // _EDGE) * _EDGE] += [(i, whole)] if rest else []
-    groups = [_decode_shape(call, rows, m, span) for span, m in members.items() if m]
-    pairs = sum(tile.start + 1 for tile in rows) * call.q.shape[1]
-    return groups, torch.tensor([tile.lo for tile in rows]), pairs
+def _decode_rows(call: AttnCall, rows: list[Tile]) -> DecodeRows:
+    counts = [tile.start // SPLIT + 1 for tile in rows]
+    row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
+    part = torch.tensor([p for count in counts for p in range(count)])
+    seen = torch.tensor([tile.start + 1 for tile in rows])[row] - part * SPLIT
+    hidden = (torch.arange(SPLIT) >= seen[:, None]).repeat_interleave(rows[0].view.table.shape[0], 0)
+    mask = torch.zeros(hidden.shape, dtype=call.q.dtype).masked_fill_(hidden, -math.inf)[:, None, None]
+    lo = torch.tensor([tile.lo for tile in rows])
+    first, last = rows[0].lo, rows[-1].lo
+    return DecodeRows(
+        places=[_places(tile.view.table.shape, count) for tile, count in zip(rows, counts)],
+        query=lo[row],
+        mask=mask,
+        where=(part, row),
+        depth=max(counts),
+        lo=slice(first, last + 1) if last - first == len(rows) - 1 else lo,
+        pairs=sum(tile.start + 1 for tile in rows) * call.q.shape[1],
+    )
 
 
-def _decode_shape(call: AttnCall, rows: list[Tile], members: list[tuple[int, int]], span: int) -> DecodeGroup:
-    """The group of `members` = (row, part); span 0 stands for whole splits."""
-    row, part, mask = [i for i, _ in members], [p for _, p in members], None
-    if span:
-        hkv = rows[0].view.table.shape[0]
-        seen = torch.tensor([rows[i].start + 1 - p * SPLIT for i, p in zip(row, part)])
-        hidden = (torch.arange(span) >= seen[:, None]).repeat_interleave(hkv, 0)[:, None, None]
-        mask = torch.zeros(hidden.shape, dtype=call.q.dtype).masked_fill_(hidden, -math.inf)
-    lo = torch.tensor([rows[i].lo for i in row])
-    return DecodeGroup(row, part, span or SPLIT, (torch.tensor(part), torch.tensor(row)), lo, mask)
+def _places(table: Sequence[int], parts: int) -> Tensor:
+    """Where in a flat table [Hkv, width] the blocks of the first splits lie.
+
+    Blocks past the width fall on the last one: its entries are masked like those of any block past the row.
+    """
+    hkv, width = table
+    block = torch.arange(parts * (SPLIT // BLOCK)).clamp_(max=width - 1).view(parts, 1, -1)
+    return (block + torch.arange(hkv)[:, None] * width).reshape(-1)
 
 
-def _decode_group(call: AttnCall, rows: list[Tile], group: DecodeGroup) -> tuple[Tensor, Tensor]:
-    """out f32 [P, Hq, D], lse [P, Hq] of one group."""
-    per, nb = SPLIT // BLOCK, group.span // BLOCK
-    table = torch.cat([blocks(rows[i].view, part * per, nb) for i, part in zip(group.row, group.part)])
-    k, v = call.layout.read_blocks(table)
-    q = call.q.index_select(0, group.lo).view(table.shape[0], 1, -1, call.q.shape[2])
-    out, lse = _flash_part(q, k, v, group.mask, call.scale)
-    return out.reshape(len(group.row), -1, out.shape[-1]), lse.reshape(len(group.row), -1)
+def _by_part(out: Tensor, lse: Tensor, shape: DecodeRows, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Splits in a row -> [depth, rows, ..], empty where a row has fewer."""
+    if shape.depth * num_rows == len(shape.query):
+        return (t.view(num_rows, shape.depth, *t.shape[1:]).transpose(0, 1) for t in (out, lse))  # type: ignore[return-value]
+    parts = torch.zeros(shape.depth, num_rows, *out.shape[1:])
+    parts_lse = torch.full((shape.depth, num_rows, *lse.shape[1:]), -math.inf)
+    parts[shape.where], parts_lse[shape.where] = out, lse
+    return parts, parts_lse
 
 
 # --- everything else: splits of the view under a mask -----------------------------------------------------------------
@@ -210,12 +217,12 @@ def merge(parts: Parts) -> tuple[Tensor, Tensor]:
 
 
 def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """out [P, .., D], lse [P, ..] -> [.., D], [..]."""
-    top = lse.amax(0)
-    weight = torch.exp(lse - top.masked_fill(top == -math.inf, 0))
+    """out [P, .., D], lse [P, ..] -> [.., D], [..]. Where all parts are empty: 0 and -inf."""
+    top = lse.amax(0).clamp_(min=_LOWEST)
+    weight = torch.exp(lse - top)
     total = _tree(weight)
     joined = _tree(out * weight[..., None])
-    return joined.div_(total.masked_fill(total == 0, 1)[..., None]), torch.log(total) + top
+    return joined.div_(total.clamp(min=_LEAST)[..., None]), torch.log(total).add_(top)
 
 
 def _tree(terms: Tensor) -> Tensor:

@@ -26,15 +26,13 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on halves (RoFormer, arXiv 2104.09864). x [n, H, D]; cos, sin f32 [n, D/2] -> [n, H, D]."""
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half].float(), x[..., half:].float()
-    c, s = cos[:, None, :], sin[:, None, :]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # One rounding an operator: a fused multiply-add rounds once where vectorised and twice where it is not.
-    out[..., :half] = torch.mul(x1, c).sub_(torch.mul(x2, s))
-    out[..., half:] = torch.mul(x2, c).add_(torch.mul(x1, s))
-    return out
+    """RoPE on halves (RoFormer, arXiv 2104.09864). x [n, H, D] -> [n, H, D]; cos, sin f32 [n, D], sin signed.
+
+    One rounding an operator: a fused multiply-add rounds once where it is vectorised and twice where it is not.
+    """
+    wide = x.to(torch.float32, copy=True)
+    other = wide.roll(x.shape[-1] // 2, -1).mul_(sin[:, None])
+    return wide.mul_(cos[:, None]).add_(other).to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -45,12 +43,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x [n, I], w [O, I] (plain or packed) -> [n, O]. Below MIN_ROWS rows the call is padded."""
+def linear(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
+    """x [n, I], w [O, I] (plain or packed), add [n, O] -> x w^T (+ add) [n, O]; few rows are padded to MIN_ROWS."""
     n = x.shape[0]
     if n < MIN_ROWS:
-        return linear(F.pad(x, (0, 0, 0, MIN_ROWS - n)), w)[:n]
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        pad = (0, 0, 0, MIN_ROWS - n)
+        return linear(F.pad(x, pad), w, None if add is None else F.pad(add, pad))[:n]
+    if add is None:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    else:
+        out = torch.ops.mkldnn._linear_pointwise.binary(x, add, w, None, "add")
     return out
 
 
@@ -63,9 +65,9 @@ class PackedLinears:
         self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
         self._packed = {name: _pack(w) for name, w in weights.items()}
 
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        """x [n, I] -> [n, O]."""
-        return linear(x, self._packed[name])
+    def __call__(self, name: str, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x [n, I] (+ add [n, O]) -> [n, O]."""
+        return linear(x, self._packed[name], add)
 
 
 def dependent_linears(linears: PackedLinears) -> set[str]:
