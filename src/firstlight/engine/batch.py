@@ -98,6 +98,7 @@ class Batch:
             lo = hi
         self.cos, self.sin = model.rope(torch.nn.functional.pad(self.pos, (0, len(self.x) - self.n)))
         self._blocks: dict[int, list[Block]] = {}
+        self._scratch: dict[str, Tensor] = {}
         plain = [m for m in self.members if m.live.planner is None]
         groups = ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
         self.groups = [(members, self._rows(members)) for members in groups]
@@ -109,6 +110,12 @@ class Batch:
             ends = [(lo, min(lo + step, lo + padded(self.n - lo))) for lo in range(0, max(self.n, 1), step)]
             self._blocks[step] = [Block(lo, hi, self.x[lo:hi], self.cos[lo:hi], self.sin[lo:hi]) for lo, hi in ends]
         return self._blocks[step]
+
+    def scratch(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor [N padded, *shape], zero at first, kept as long as the batch: fresh memory costs page faults."""
+        if name not in self._scratch:
+            self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.x.dtype)
+        return self._scratch[name]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         lo, hi = members[0].lo, members[-1].hi

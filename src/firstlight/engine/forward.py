@@ -143,7 +143,7 @@ class Pass:
         for m in batch.members:
             self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
             self._write(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])
-        attended = torch.zeros(q.shape, dtype=q.dtype)
+        attended = batch.scratch("attended", q.shape[1:])
         probes = Probes(layer, batch)
         yield from self._attend(layer, batch, q, attended, probes)
         for m in batch.members:
@@ -165,12 +165,17 @@ class Pass:
 
     def _qkv(self, layer: int, batch: Batch) -> Generator[Stop, None, Sequence[Tensor]]:
         """q [N, Hq, d], k, v [N, Hkv, d] of all rows, padding included."""
-        model, done = self.machine.model, []
-        for block in batch.blocks(self.machine.linear.rows(model.layer_flops)):
-            done.append(model.qkv(layer, block.x, block.cos, block.sin))
+        model, whole = self.machine.model, batch.scratch
+        blocks = batch.blocks(self.machine.linear.rows(model.layer_flops))
+        done: Sequence[Tensor] = ()
+        for block in blocks:
+            made = model.qkv(layer, block.x, block.cos, block.sin)
+            done = made if len(blocks) == 1 else [whole(n, t.shape[1:]) for n, t in zip("qkv", made)]
+            for target, part in zip(done, made) if len(blocks) > 1 else ():
+                target[block.lo : block.hi] = part
             yield Stop("slice", layer, "qkv")
         yield Stop("op", layer, "qkv")
-        return done[0] if len(done) == 1 else [torch.cat(parts) for parts in zip(*done)]
+        return done
 
     def _write(self, layer: int, m: Member, k: Tensor, v: Tensor) -> None:
         """Upsert the member's cells, but for those that were exact before."""
