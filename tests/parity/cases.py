@@ -215,7 +215,8 @@ def _with_positions(view: KVView, entries: list[np.ndarray], position: torch.Ten
 
 
 def _fill(rng: Generator, spec: Spec, views: list[KVView]) -> KVLayout:
-    """Gives each view its table and writes keys and values there; the rest of the pool is nan, but for block 0."""
+    """Gives each view its table and writes keys and values there; the rest of the pool is nan, but for
+    block 0, and for the unwritten ends of blocks: those hold some number."""
     blocks = [[-(-n // BLOCK) for n in view.length] for view in views]
     total = sum(map(sum, blocks)) + 3
     layout = KVLayout(total, spec.dim, spec.dtype)
@@ -227,6 +228,7 @@ def _fill(rng: Generator, spec: Spec, views: list[KVView]) -> KVLayout:
         for h, n in enumerate(blocks[i]):
             table[h, :n] = torch.tensor([next(free) for _ in range(n)], dtype=torch.int32)
         views[i] = view = replace(view, table=table)
+        layout.k[table.long()[table > 0]] = layout.v[table.long()[table > 0]] = 77
         for h, n in enumerate(view.length):
             layout.write(slots_of(view, h), *(_normal(rng, (n, spec.dim), spec.dtype) for _ in "kv"))
     return layout

@@ -133,7 +133,10 @@ def test_empty_rows_give_zero(name: str, dtype: torch.dtype) -> None:
 
 
 def poison(call: AttnCall, r0: int, r1: int, free: bool) -> AttnCall:
-    """Nan in keys and values of all entries that no row of [r0, r1) sees; `free` takes whole blocks of them away."""
+    """Nan in all blocks of which no row of [r0, r1) sees an entry; `free` takes these blocks away.
+
+    Other entries that nobody sees get another number.
+    """
     layout, views = replace_storage(call), []
     for b, view in enumerate(call.kv):
         lo, hi = max(r0, call.rows.row_ptr[b]), min(r1, call.rows.row_ptr[b + 1])
@@ -142,10 +145,12 @@ def poison(call: AttnCall, r0: int, r1: int, free: bool) -> AttnCall:
             seen = (
                 visible_mask(call, b, h, lo, hi).flatten(0, 1).any(0) if lo < hi else torch.zeros(n, dtype=torch.bool)
             )
-            layout.k.view(-1, layout.head_dim)[slots_of(view, h)[~seen]] = torch.nan
-            layout.v.view(-1, layout.head_dim)[slots_of(view, h)[~seen]] = torch.nan
+            layout.k.view(-1, layout.head_dim)[slots_of(view, h)[~seen]] = 55
+            layout.v.view(-1, layout.head_dim)[slots_of(view, h)[~seen]] = 55
             used = torch.zeros(table.shape[1], dtype=torch.bool)
             used[seen.nonzero()[:, 0] // BLOCK] = True
+            unused = table[h, ~used].long()
+            layout.k[unused[unused > 0]] = layout.v[unused[unused > 0]] = torch.nan
             table[h] = table[h].where(used | torch.tensor(not free), 0)
         views.append(replace(view, table=table))
     return replace(call, layout=layout, kv=views)

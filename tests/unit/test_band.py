@@ -72,14 +72,14 @@ def test_chunks_see_what_the_whole_sees(sink: int, window: int, cuts: list[int])
         assert not whole[lo:hi, :, hi:].any()
 
 
-def test_dense_exactly_when_the_band_covers_the_tiles() -> None:
-    config = BandConfig(sink=Q_TILE, window=Q_TILE)
-    assert plan(config, torch.arange(2 * Q_TILE)) is None
-    assert plan(config, torch.arange(Q_TILE + 5)) is None
-    assert plan(config, torch.arange(2 * Q_TILE + 1)) is not None
-    assert plan(config, torch.tensor([5, 2 * Q_TILE])) is not None
-    # A tile is banded for all of its rows or for none, so that no chunk border shows.
-    assert plan(BandConfig(0, Q_TILE // 2), torch.arange(Q_TILE // 2)) is not None
+def test_dense_exactly_when_the_band_covers_prompt_and_rows() -> None:
+    config = BandConfig(sink=50, window=100)
+    assert plan(config, torch.arange(150), prompt_len=150) is None
+    assert plan(config, torch.arange(20), prompt_len=150) is None
+    # The prompt decides for all its chunks, so that no chunk border shows; then each generated row for itself.
+    assert plan(config, torch.arange(20), prompt_len=151) is not None
+    assert plan(config, torch.tensor([149]), prompt_len=100) is None
+    assert plan(config, torch.tensor([150]), prompt_len=100) is not None
 
 
 def test_plan_is_one_list_for_all_tiles() -> None:

@@ -46,12 +46,12 @@ class Band:
         self.config = config
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
-        """The band for every tile of the pass; None (dense) when it covers all that these tiles could see.
+        """The band for every tile of the pass; None (dense) when it covers the whole prompt and these rows.
 
-        Whole tiles, not rows, decide: so a tile is dense or banded wherever a chunk happens to end.
+        The prompt decides, not the chunk: so a row is dense or banded wherever a chunk happens to end.
         """
         sink, window = self.config.sink, self.config.window
-        if (int(ctx.pos.max()) // Q_TILE + 1) * Q_TILE <= sink + window:
+        if max(int(ctx.pos.max()) + 1, ctx.prompt_len) <= sink + window:
             return None
         first, last = int(ctx.tok[0]) // Q_TILE, int(ctx.tok[-1]) // Q_TILE
         tiles = last - first + 1

@@ -8,7 +8,6 @@ row's bits are its own. Work inside a part is PyTorch's CPU flash attention, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -70,9 +69,15 @@ def _plain_parts(tile: Tile, before: tuple[Tensor, Tensor]) -> Parts:
     if tile.start:
         k, v = (t[:, : tile.start] for t in before)
         parts.append(_flash_part(q, k, v, None, tile.call.scale))
-    k, v = entries(tile, tile.start, tile.start + tile.size)
+    k, v = entries(tile, tile.start, tile.start + tile.size, _ordinals_upto(tile))
     mask = _triangle(tile.size, q.shape[2] // tile.size, q.dtype)
     return [*parts, _flash_part(q, k, v, mask, tile.call.scale)]
+
+
+def _ordinals_upto(tile: Tile) -> Tensor | None:
+    """bool [1, size]: the tile's ordinals up to its last row's; None = all, the usual case."""
+    last = int(tile.place[-1])
+    return None if last == tile.size - 1 else (torch.arange(tile.size) <= last)[None]
 
 
 @cache
@@ -117,7 +122,7 @@ def _attend_decode(call: AttnCall, rows: list[Tile]) -> None:
     out, lse = (t.reshape(len(shape.query), -1, *t.shape[2:]) for t in _flash_part(q, k, v, shape.mask, call.scale))
     if shape.depth > 1:
         out, lse = _merge(*_by_part(out, lse, shape, len(rows)))
-    call.out[shape.lo] = out
+    call.out[shape.lo] = out.to(call.out.dtype)
     if call.lse is not None:
         call.lse[shape.lo] = lse
     call.stats.dense += shape.pairs
@@ -137,7 +142,7 @@ def _decode_rows(call: AttnCall, rows: list[Tile]) -> DecodeRows:
     lo = torch.tensor([tile.lo for tile in rows])
     first, last = rows[0].lo, rows[-1].lo
     return DecodeRows(
-        places=[_places(tile.view.table.shape, count) for tile, count in zip(rows, counts)],
+        places=[_places(tile, count) for tile, count in zip(rows, counts)],
         query=lo[row],
         mask=mask,
         where=(part, row),
@@ -147,13 +152,13 @@ def _decode_rows(call: AttnCall, rows: list[Tile]) -> DecodeRows:
     )
 
 
-def _places(table: Sequence[int], parts: int) -> Tensor:
-    """Where in a flat table [Hkv, width] the blocks of the first splits lie.
+def _places(tile: Tile, parts: int) -> Tensor:
+    """Where in the flat table [Hkv, width] the blocks of a row's splits lie; past its own block that one stands again.
 
-    Blocks past the width fall on the last one: its entries are masked like those of any block past the row.
+    What is read twice is masked, what lies past the row is not read.
     """
-    hkv, width = table
-    block = torch.arange(parts * (SPLIT // BLOCK)).clamp_(max=width - 1).view(parts, 1, -1)
+    hkv, width = tile.view.table.shape
+    block = torch.arange(parts * (SPLIT // BLOCK)).clamp_(max=tile.start // BLOCK).view(parts, 1, -1)
     return (block + torch.arange(hkv)[:, None] * width).reshape(-1)
 
 

@@ -105,6 +105,7 @@ def entries(tile: Tile, a: int, e: int, seen: Tensor | None = None) -> tuple[Ten
     shift = a % BLOCK
     table = blocks(tile.view, a // BLOCK, -(-(shift + e - a) // BLOCK))
     if seen is not None:
-        table = table * seen.view(len(seen), table.shape[1], -1).any(-1)
+        in_blocks = torch.nn.functional.pad(seen, (shift, table.shape[1] * BLOCK - shift - seen.shape[1]))
+        table = table * in_blocks.view(len(seen), -1, BLOCK).any(-1)
     k, v = tile.call.layout.read_blocks(table)
     return k[:, shift : shift + e - a], v[:, shift : shift + e - a]

@@ -50,7 +50,8 @@ def _planned(plan: AttnPlan, rows: Tile, entry: Tensor, pos: Tensor, num_heads: 
     distance = rows.pos[:, None] - pos[:, None]
     band = plan.band[row].long()
     sink, window = band[..., 0][None, ..., None], band[..., 1][None, ..., None]
-    see = (entry < sink) | (distance[:, :, None] < window) | (window == DENSE)
+    near = (distance[:, :, None] < window) & (window > 0)  # (0, 0) is no band, whatever the positions
+    see = (entry < sink) | near | (window == DENSE)
     for ptr, idx, unit in ((plan.blk_ptr, plan.blk_idx, plan.blk), (plan.col_ptr, plan.col_idx, 1)):
         if ptr is not None and idx is not None:
             see = see | _listed(ptr, idx, row, torch.div(entry, unit, rounding_mode="floor"))
