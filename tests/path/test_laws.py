@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firstlight.kernels.dispatch import backend
-from firstlight.models.config import ModelConfig
 from firstlight.models.families import build_model
 from firstlight.models.llama import Llama
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.store import load_weights
 from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled
 from tests.path.laws import Everything
+from tests.tiny import tiny_model
 
 EXAMPLES = 25 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 200
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -29,32 +29,14 @@ LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 200, 300, 700, 1025, 2150]
 seeds = st.integers(0, 10**6)
 
 
-def tiny(dtype: torch.dtype, num_layers: int = 2) -> Llama:
-    config = ModelConfig("llama", num_layers, 96, 192, 6, 2, 16, 320, 1e-5, 10000.0, 8192, True)
-    generator = torch.Generator().manual_seed(5)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.12).to(dtype)
-
-    weights = {"model.embed_tokens.weight": weight(320, 96), "model.norm.weight": torch.ones(96)}
-    shapes = {"self_attn.q_proj": (96, 96), "self_attn.k_proj": (32, 96), "self_attn.v_proj": (32, 96)}
-    shapes |= {"self_attn.o_proj": (96, 96), "mlp.gate_proj": (192, 96), "mlp.up_proj": (192, 96)}
-    shapes |= {"mlp.down_proj": (96, 192)}
-    for i in range(num_layers):
-        weights |= {f"model.layers.{i}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"model.layers.{i}.{norm}.weight"] = 1 + weight(96).float()
-    return build_model(config, weights, backend("torch"))
-
-
 @pytest.fixture(scope="module", params=list(DTYPES))
 def small(request: pytest.FixtureRequest) -> Llama:
-    return tiny(DTYPES[request.param])
+    return tiny_model(DTYPES[request.param])
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
 def deep(request: pytest.FixtureRequest) -> Llama:
-    return tiny(DTYPES[request.param], num_layers=5)
+    return tiny_model(DTYPES[request.param], num_layers=5)
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
@@ -116,7 +98,7 @@ def test_the_same_on_the_real_model(real: Llama, seed: int) -> None:
 
 def test_the_examples_do_what_they_claim() -> None:
     """Preemption in a fifth of them at least, yields in most, lengths past two splits in some."""
-    model = tiny(torch.float32)
+    model = tiny_model()
     preempted = yielded = long = 0
     for seed in range(EXAMPLES):
         asked = example(seed, LENGTHS, 320)
