@@ -54,5 +54,7 @@ def test_every_position_and_64_greedy_tokens_equal_transformers() -> None:
     want = model(torch.tensor([ids])).logits[0]
     assert (logits - want).abs().max() < 2e-3
     assert torch.equal(logits.argmax(-1), want.argmax(-1))
-    answer = model.generate(torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None)
+    answer = model.generate(
+        torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
+    )
     assert tokens == answer[0, len(ids) :].tolist()

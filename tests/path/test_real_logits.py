@@ -67,7 +67,9 @@ def test_float32_equals_transformers(smollm2_path: Path, ids: list[int], f32: tu
     want = model(torch.tensor([ids])).logits[0]
     assert (logits - want).abs().max() < 2e-3
     assert torch.equal(logits.argmax(-1), want.argmax(-1))
-    answer = model.generate(torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None)
+    answer = model.generate(
+        torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
+    )
     assert tokens == answer[0, T:].tolist()
 
 

@@ -96,13 +96,16 @@ class PrefixCache:
             parent = key
 
     def evict(self, blocks: int) -> None:
-        """Let at least so many blocks go, least recently used prefixes first, from their ends."""
+        """Let at least so many blocks go, least recently used prefixes first, from their ends.
+
+        A column that no request holds may have children that one does: a request that ran beside another with the same
+        beginning published its later columns below the other's. They are forgotten with it, and stay with the request.
+        """
         for node in sorted(self._nodes.values(), key=lambda n: (n.last_used, -n.depth)):
             if blocks <= 0:
                 return
-            if not node.children and not self._pool.is_held(node.column.ravel()):
-                self._drop(node)
-                blocks -= node.column.size
+            if node.key in self._nodes and not self._pool.is_held(node.column.ravel()):
+                blocks -= self._drop(node)
 
     def clear(self) -> None:
         """Let everything go that no request holds."""
@@ -132,14 +135,18 @@ class PrefixCache:
         self._nodes[key] = node
         return node
 
-    def _drop(self, node: Node) -> None:
+    def _drop(self, node: Node) -> int:
+        """Forget a node and all below it; how many blocks that frees."""
+        freed = sum(self._drop(child) for child in list(node.children.values()))
         del self._nodes[node.key]
         siblings = self._nodes[node.parent].children if node.parent in self._nodes else self._roots[node.parent]
         del siblings[node.key]
+        freed += 0 if self._pool.is_held(node.column.ravel()) else node.column.size
         self._pool.unmark(node.column.ravel())
         self._evicted[node.key] = None
         while len(self._evicted) > _REMEMBERED:
             del self._evicted[next(iter(self._evicted))]
+        return freed
 
     def _why(self, root: bytes, parent: bytes, tokens: Ids, at: int, shared: int) -> str:
         """One line on why the match ends where it ends; empty if all is cached."""
