@@ -60,7 +60,8 @@ def answer(model: str, prompt: Any, sampling: SamplingParams, options: Options, 
         bars = cleanup.enter_context(Bars())
         llm = cleanup.enter_context(LLM(model, progress=bars, **settings))
         # Closing the stream cancels the request, whatever ended the loop.
-        stream = cleanup.enter_context(contextlib.closing(llm.stream(prompt, sampling)))
+        stream: Any = llm.stream(prompt, sampling)
+        cleanup.enter_context(contextlib.closing(stream))
         return _print_stream(stream, bars, quiet)
 
 
