@@ -122,6 +122,7 @@ def test_ctrl_c_in_a_long_prefill(model: str, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while "WorkUnit" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(0.5)  # into the pass
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
