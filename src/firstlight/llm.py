@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch
 
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
-from firstlight.core.request import Completion, Request, SamplingParams
+from firstlight.core.request import Completion, Request, SamplingParams, TokenOutput
 from firstlight.engine.build import DTYPES, build_engine
 from firstlight.engine.forward import Pass, Stop
 from firstlight.engine.live import LiveRequest
@@ -63,6 +64,8 @@ class _Answer:
     detokenizer: Detokenizer
     tokenize_s: float
     text: str = ""
+    chunks: deque[StreamChunk] = field(default_factory=deque)
+    """Made and not yet read."""
 
 
 class LLM:
@@ -123,10 +126,11 @@ class LLM:
         ids: Any = self.encode_chat(prompt) if chat else prompt  # type: ignore[arg-type]
         rid = self._add(ids, params or SamplingParams())
         try:
-            while rid in self._answers:
-                for answered, chunk in self._step():
-                    if answered == rid:
-                        yield chunk
+            last = False
+            while not last:
+                chunk = self._next(rid)
+                last = chunk.completion is not None
+                yield chunk
         finally:
             self._abandon([rid])
 
@@ -155,15 +159,12 @@ class LLM:
 
     def _complete(self, work: Sequence[tuple[Prompt, SamplingParams]]) -> list[Completion]:
         rids: list[str] = []
-        done: dict[str, Completion] = {}
         try:
             for prompt, params in work:
                 rids.append(self._add(prompt, params))
-            while len(done) < len(rids):
-                done |= {rid: chunk.completion for rid, chunk in self._step() if chunk.completion is not None}
+            return [self._last(rid) for rid in rids]
         finally:
             self._abandon(rids)
-        return [done[rid] for rid in rids]
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         began = time.perf_counter()
@@ -175,24 +176,32 @@ class LLM:
         self._answers[rid] = _Answer(live, Detokenizer(self.tokenizer), live.stamps.arrived - began)
         return rid
 
-    def _step(self) -> Iterator[tuple[str, StreamChunk]]:
-        """One step of the engine, its tokens turned to text."""
-        for output in self.engine.step():
-            answer = self._answers.get(output.rid)
-            if answer is None:
-                continue
-            shown = [i for i in output.new_ids if i not in self.tokenizer.eos_ids]
-            text = answer.detokenizer.push(shown)
-            completion = None
-            if output.finish_reason is not None:
-                text += answer.detokenizer.flush()
-                completion = self._finish(output.rid, answer.text + text)
-            answer.text += text
-            yield output.rid, StreamChunk(text, output.new_ids, completion)
+    def _next(self, rid: str) -> StreamChunk:
+        """The next piece of one answer; pieces of others that come meanwhile wait for their readers."""
+        while not self._answers[rid].chunks:
+            for output in self.engine.step():
+                if (answer := self._answers.get(output.rid)) is not None:
+                    answer.chunks.append(self._chunk(answer, output))
+        return self._answers[rid].chunks.popleft()
 
-    def _finish(self, rid: str, text: str) -> Completion:
-        answer = self._answers.pop(rid)
-        live, facts = answer.live, report(answer.live, self.engine.parts)
+    def _last(self, rid: str) -> Completion:
+        while (completion := self._next(rid).completion) is None:
+            pass
+        return completion
+
+    def _chunk(self, answer: _Answer, output: TokenOutput) -> StreamChunk:
+        """An engine's output as text; end tokens have none."""
+        text = answer.detokenizer.push(i for i in output.new_ids if i not in self.tokenizer.eos_ids)
+        if output.finish_reason is None:
+            answer.text += text
+            return StreamChunk(text, output.new_ids)
+        text += answer.detokenizer.flush()
+        answer.text += text
+        return StreamChunk(text, output.new_ids, self._finish(answer))
+
+    def _finish(self, answer: _Answer) -> Completion:
+        live, text = answer.live, answer.text
+        facts = report(live, self.engine.parts)
         facts["timings"] = {"load_s": self.load_s, "tokenize_s": answer.tokenize_s} | facts["timings"]
         facts["ttft_s"] += answer.tokenize_s
         head = {"schema_version": SCHEMA_VERSION, "model": self.model_name, "text": text}

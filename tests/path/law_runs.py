@@ -13,7 +13,8 @@ from firstlight.core.registry import Method, make_schedule
 from firstlight.core.request import Request, SamplingParams
 from firstlight.core.schedule import Policy, Timer
 from firstlight.core.view import ViewConfig
-from firstlight.engine.engine import Engine, Limits
+from firstlight.engine.admission import Limits
+from firstlight.engine.engine import Engine
 from firstlight.engine.forward import Machine
 from firstlight.engine.park import ParkStore
 from firstlight.models.llama import Llama

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -147,7 +148,7 @@ def gaps_are_bounded(mix: Mix, steps: list[Step], ran: list[Stretch]) -> None:
     preempted = {e.rid for step in steps for e in step.events if isinstance(e, Preempted)}
     longest = max((s.dur for s in ran if s.unit.yield_at == "none"), default=0.0)
     for request in (r for r in mix.requests if r.rid not in preempted):
-        gaps = [b - a for a, b in zip(request.token_at, request.token_at[1:])]
+        gaps = [b - a for a, b in pairwise(request.token_at)]
         assert max(gaps, default=0.0) <= 2 * longest + SLICE_S + 1e-9
 
 
@@ -190,6 +191,26 @@ def test_company_halves_a_long_prompt() -> None:
         assert other.dur <= turn.dur <= other.dur + SLICE_S or turn is shared[-1]
     assert long.ended_at is not None and short.ended_at is not None and short.ended_at < long.ended_at
     assert len({s.unit.uid for s in ran if s.unit.yield_at == "slice"}) == 1, "one unit, resumed again and again"
+
+
+def test_an_arrival_does_not_cut_a_long_units_turn_short() -> None:
+    """Else a stream of arrivals would leave it a slice each."""
+    requests = [SimRequest("long", 0.0, 40_000, 1), SimRequest("other", 0.01, 6000, 1)]
+    requests += [SimRequest(f"s{i:02}", 0.2 + i * 0.021, 1, 1) for i in range(90)]
+    ran = stretches(play(mix_of(*requests, columns=900, max_num_seqs=100)))
+    turns = [(s.dur, other.dur) for other, s in pairwise(ran[1:]) if s.unit.yield_at != other.unit.yield_at == "none"]
+    assert len(turns) > 5 and all(mine >= others for mine, others in turns[:-1])
+
+
+def test_the_long_unit_of_the_last_in_rank_may_be_preempted() -> None:
+    """It holds blocks that the decodes of requests before it need; it starts again when they are done."""
+    long = SimRequest("long", 0.0, 3000, 1, priority=1)
+    urgent = [SimRequest(f"u{i}", 0.05, 60, 300) for i in range(3)]
+    steps = play(mix_of(long, *urgent, columns=51, ageing_s=60.0))
+    (at,) = [step for step in steps if step.plan.preempt]
+    assert at.plan.preempt == (("long", "recompute"),)
+    assert [live.state for live in at.view.units.values()] == ["yielded"]
+    assert long.ended_at > max(r.ended_at for r in urgent)
 
 
 def test_a_whole_prompt_over_the_budget_shares_too() -> None:

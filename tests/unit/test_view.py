@@ -147,6 +147,16 @@ def test_yield_and_resume_add_up() -> None:
     assert (view.units[0].state, view.units[0].executed_s, view.last, view.last_s) == ("yielded", 0.5, unit, 0.5)
     view = view.after(3.0, []).after_plan(Plan(resume=(0,)))
     assert (view.units[0].state, view.units[0].started) == ("running", 3.0)
+    view = view.after(3.25, [UnitYielded(0, (2, "mlp"), 0.25, free_blocks=588)])
+    assert (view.units[0].executed_s, view.last_s) == (0.75, 0.25)
+
+
+def test_a_request_with_two_segments_in_a_unit_samples_once() -> None:
+    """At most one of them ends at the top layer."""
+    view = after_unit(running(), Segment("a", "prefill", (0, 100), (0, 2)))
+    view = after_unit(view, Segment("a", "prefill", (0, 50), (2, 3)))
+    unit = Segment("a", "prefill", (50, 100), (2, 3)), Segment("a", "prefill", (100, 101), (0, 1))
+    assert after_unit(view, *unit, sampled=1).requests["a"].n_generated == 1
 
 
 def test_a_cut_tells_the_rows_alive() -> None:

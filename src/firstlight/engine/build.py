@@ -13,7 +13,8 @@ from firstlight.core.config import Options, as_method
 from firstlight.core.errors import UserError
 from firstlight.core.registry import make_parts, make_schedule
 from firstlight.core.view import ViewConfig
-from firstlight.engine.engine import Engine, Limits
+from firstlight.engine.admission import Limits
+from firstlight.engine.engine import Engine
 from firstlight.engine.eventlog import EventLog
 from firstlight.engine.forward import Machine
 from firstlight.engine.memory import num_blocks

@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from firstlight.cache.pool import Pool
-from firstlight.cache.table import RequestKV, blocks_for
+from firstlight.cache.table import blocks_for
 from firstlight.core import schedule as told
-from firstlight.core.config import format_bytes
-from firstlight.core.errors import UserError
-from firstlight.core.registry import Part, recipe
+from firstlight.core.registry import Part
 from firstlight.core.request import Request, TokenOutput
 from firstlight.core.schedule import Event, Plan, Policy, WorkUnit, legal
 from firstlight.core.view import View, ViewConfig
 from firstlight.decode.sampling import die, sample
+from firstlight.engine.admission import Admission, Limits
 from firstlight.engine.eventlog import EventLog
 from firstlight.engine.forward import Machine, Pass, Stop
 from firstlight.engine.live import LiveRequest
-from firstlight.reuse.prefix import Hit, PrefixCache
+from firstlight.reuse.prefix import PrefixCache
 
 _LEVELS = ("slice", "op", "sublayer", "layer")
 
@@ -43,19 +42,9 @@ class LiveUnit:
 
     unit: WorkUnit
     work: Pass
-    stops: Iterator[Stop]
+    stops: Generator[Stop, None, None]
     began: float = 0.0
     stop_wanted: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What requests must fit."""
-
-    max_model_len: int
-    seed: int = 0
-    deterministic: bool = False
-    model_digest: str = ""
 
 
 class Engine:
@@ -87,11 +76,7 @@ class Engine:
         self._running: LiveUnit | None = None
         self._wake_at: float | None = None
         self._outputs: list[TokenOutput] = []
-        self._last_rows = max((p.capability.last_rows for p in parts), default=0)
-        self._publishes = cache is not None and all(p.capability.prefix_stable for p in parts)
-        if cache is not None:
-            pool.reclaim = cache.evict
-            self._root = cache.root(limits.model_digest, str(pool.layout.dtype), recipe(parts))
+        self.admission = Admission(pool, config, limits, parts, cache)
 
     # --- what callers use ---------------------------------------------------------------------------------------------
 
@@ -101,35 +86,9 @@ class Engine:
 
     def add(self, request: Request) -> LiveRequest:
         """Queue a request. Raises UserError if it can never run."""
-        tokens, limit = len(request.prompt_ids), self.limits.max_model_len
-        if tokens == 0:
-            raise UserError("the prompt is empty; give at least one token")
-        if tokens >= limit:
-            raise UserError(
-                f"the prompt has {tokens} tokens, the limit is {limit - 1}; shorten it or raise max_model_len"
-            )
-        need = self._blocks(tokens + 1)
-        if need > self.pool.total:
-            have, lack = (format_bytes(n * self.pool.block_nbytes) for n in (self.pool.total, need))
-            raise UserError(f"the prompt's KV needs {lack}, the pool has {have}; give more with --kv-memory")
-        live = self._live(request)
-        capabilities = [p.capability for p in self.parts]
+        live = self.admission.open(request)
         self._lives[request.rid] = live
-        self._inbox.append(
-            told.Arrival(
-                rid=request.rid,
-                n_tokens=tokens,
-                n_uncached=tokens,
-                need_blocks=need,
-                max_tokens=request.sampling.max_tokens,
-                whole_prompt=any(c.whole_prompt for c in capabilities),
-                chunk=min((c.chunk for c in capabilities if c.chunk is not None), default=None),
-                barriers=live.barriers,
-                priority=request.priority,
-                tenant=request.tenant,
-                ttft_slo_s=request.ttft_slo_s,
-            )
-        )
+        self._inbox.append(self.admission.arrival(live))
         return live
 
     def is_live(self, rid: str) -> bool:
@@ -155,7 +114,7 @@ class Engine:
     def close(self) -> None:
         """Drop everything: passes, requests, cached columns; ends the log."""
         for live_unit in (*self._queue, *self._yielded.values()):
-            live_unit.stops.close()  # type: ignore[attr-defined]
+            live_unit.stops.close()
         for live in list(self._lives.values()):
             self._forget(live)
         if self.cache is not None:
@@ -215,69 +174,25 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def _live(self, request: Request) -> LiveRequest:
-        model = self.machine.model.config
-        return LiveRequest(
-            request, RequestKV(self.pool, model.num_layers, model.num_kv_heads), model.num_layers, self.parts
-        )
-
-    def _blocks(self, tokens: int) -> int:
-        return int(blocks_for(tokens)) * self.config.blocks_per_column
-
     def _admit(self, live: LiveRequest) -> None:
-        """Look the prefix up and pin it, reserve the rest of the prompt's blocks."""
-        if max(live.f) > 0:
+        """A parked request comes back as it was; another one is admitted, or the policy is told that it wasn't."""
+        if max(live.f) > 0 or self.admission.admit(live):
             self._inbox.append(told.Admitted(rid=live.rid, n_cached=live.n_cached, **self._account()))
             return
-        began = time.perf_counter()
-        hit = self._find(live)
-        held = min(hit.num_tokens, live.num_prompt)
-        whole = hit.columns[: held // self.config.block_size]
-        rest = held % self.config.block_size
-        source = hit.columns[len(whole)] if len(whole) < len(hit.columns) else hit.partial
-        pinned = [column.ravel() for column in (*whole, *([source] if rest and source is not None else []))]
-        for column in pinned:
-            self.pool.hold(column)
-        need = self._blocks(live.num_known + 1) - len(whole) * self.config.blocks_per_column
-        if need > self.pool.available:
-            for column in pinned:
-                self.pool.release(column)
-            need = self._blocks(live.num_known + 1)
-            self._inbox.append(told.NotAdmitted(rid=live.rid, need_blocks=need, **self._account()))
-            return
-        live.kv.adopt(whole, len(whole) * self.config.block_size)
-        live.kv.reserve(need)
-        if rest and source is not None:
-            live.kv.copy_column(source, held)
-            self.pool.release(source.ravel())
-        live.held, live.n_cached = held, max(0, min(held, live.num_prompt - max(1, self._last_rows)))
-        live.f = [live.n_cached] * len(live.f)
-        live.stamps.reuse_s += time.perf_counter() - began
-        self._inbox.append(told.Admitted(rid=live.rid, n_cached=live.n_cached, **self._account()))
-
-    def _find(self, live: LiveRequest) -> Hit:
-        """What the prefix cache holds of a prompt, and why not more."""
-        if self.cache is None:
-            live.miss_reason = "the prefix cache is off"
-            return Hit()
-        if not self._publishes or live.barriers:
-            live.miss_reason = "a method in use makes cells that depend on later tokens"
-            return Hit()
-        hit = self.cache.match(self._root, live.request.prompt_ids)
-        live.miss_reason = hit.reason
-        return hit
+        need = self.admission.blocks(live.num_known + 1)
+        self._inbox.append(told.NotAdmitted(rid=live.rid, need_blocks=need, **self._account()))
 
     def _preempt(self, live: LiveRequest, how: told.PreemptHow) -> None:
         for uid, waiting in list(self._yielded.items()):
             if live in waiting.work.lives:
                 assert len(waiting.work.lives) == 1, "a request that shares a live unit can't be preempted"
-                self._yielded.pop(uid).stops.close()  # type: ignore[attr-defined]
+                self._yielded.pop(uid).stops.close()
         need = 0
         if how == "recompute":
             live.kv.release()
             self.machine.park.drop(live.rid)
             live.restart()
-            need = self._blocks(live.num_known + 1)
+            need = self.admission.blocks(live.num_known + 1)
         self._inbox.append(told.Preempted(rid=live.rid, how=how, need_blocks=need, **self._account()))
 
     def _cancel(self, rid: str) -> None:
@@ -289,7 +204,7 @@ class Engine:
         for uid, waiting in list(self._yielded.items()):
             if waiting.work.is_abandoned:
                 del self._yielded[uid]
-                waiting.stops.close()  # type: ignore[attr-defined]
+                waiting.stops.close()
                 self._inbox.append(told.UnitDone(uid=uid, dur=0.0, **self._account()))
         running = [self._running] if self._running else []
         if not any(live in u.work.lives for u in (*running, *self._queue, *self._yielded.values())):
@@ -298,7 +213,7 @@ class Engine:
     def _gone(self, live: LiveRequest) -> None:
         """A cancelled request leaves."""
         self._forget(live)
-        self._outputs.append(TokenOutput(live.rid, [], "cancelled"))
+        self._outputs.append(TokenOutput(live.rid, [], live.finish_reason))
         self._inbox.append(told.Cancelled(rid=live.rid, **self._account()))
 
     def _forget(self, live: LiveRequest) -> None:
@@ -327,22 +242,42 @@ class Engine:
         live_unit.began, live_unit.stop_wanted = self._now(), False
         for live in live_unit.work.lives:
             live.stamps.first_unit = live.stamps.first_unit or time.perf_counter()
+        try:
+            waits_at = self._advance(live_unit)
+        except BaseException:
+            self._fail(live_unit)
+            raise
+        self._running = None
+        if waits_at is None:
+            self._done(live_unit)
+        else:
+            self._wait(live_unit, waits_at)
+
+    def _advance(self, live_unit: LiveUnit) -> Stop | None:
+        """From stop to stop; returns the one to wait at, None at the end."""
         for stop in live_unit.stops:
             if self.on_stop is not None:
                 self.on_stop(live_unit.work, stop)
             if self._inbox or (self._wake_at is not None and self._now() >= self._wake_at):
                 self._decide(self._drain())
                 if live_unit.work.is_abandoned:
-                    live_unit.stops.close()  # type: ignore[attr-defined]
-                    break
+                    live_unit.stops.close()
+                    return None
             if live_unit.stop_wanted and _may_stop(live_unit.unit, stop):
-                self._wait(live_unit, stop)
-                return
+                return stop
+        return None
+
+    def _fail(self, live_unit: LiveUnit) -> None:
+        """Something was raised inside a pass (Ctrl-C too): its requests end, the others can go on."""
         self._running = None
-        self._done(live_unit)
+        live_unit.stops.close()
+        self._inbox.append(told.UnitDone(uid=live_unit.unit.uid, dur=self._now() - live_unit.began, **self._account()))
+        for live in live_unit.work.lives:
+            if live.rid in self._lives:
+                live.cancelled, live.finish_reason = True, live.finish_reason or "error"
+                self._gone(live)
 
     def _wait(self, live_unit: LiveUnit, stop: Stop) -> None:
-        self._running = None
         self._yielded[live_unit.unit.uid] = live_unit
         self._inbox.append(
             told.UnitYielded(
@@ -361,11 +296,11 @@ class Engine:
             live.kv_peak = max(live.kv_peak, live.kv.nbytes)
             if not live.stamps.prefilled and live.f[-1] >= live.num_prompt:
                 live.stamps.prefilled = prefilled
-                self._publish(live, live.num_prompt // self.config.block_size * self.config.block_size)
+                self.admission.publish_prompt(live)
         sampled = self._sample([live for live in lives if live.rid in live_unit.work.logits], live_unit.work)
         finished = [live for live in lives if live.finish_reason and not live.cancelled]
         for live in finished:
-            self._publish(live, live.num_prompt if self.limits.deterministic else live.f[-1])
+            self.admission.publish_all(live)
             self._forget(live)
         for cut in live_unit.work.cuts:
             self._tell_cut(cut.live, cut.layer, cut.tok, cut.n_parked)
@@ -403,22 +338,13 @@ class Engine:
         request = live.request
         if token in request.eos_ids and not request.sampling.ignore_eos:
             live.finish_reason = "stop"
-        elif live.num_generated >= request.sampling.max_tokens or live.num_known >= self._most(live):
+        elif live.num_generated >= request.sampling.max_tokens or live.num_known >= self.admission.longest():
             live.finish_reason = "length"
         self._outputs.append(TokenOutput(live.rid, [token], live.finish_reason))
-
-    def _most(self, live: LiveRequest) -> int:
-        """Tokens at which a request ends: the context, or all that the pool could hold of it alone."""
-        columns = self.pool.total // self.config.blocks_per_column
-        return min(self.limits.max_model_len, columns * self.config.block_size)
 
     def _grow(self, live: LiveRequest) -> int:
         """Blocks that the next token's row takes beyond what is reserved."""
         return max(live.kv.missing((0, len(live.f)), 1) - live.kv.reserved, 0)
-
-    def _publish(self, live: LiveRequest, tokens: int) -> None:
-        if self._publishes and self.cache is not None and live.kv.is_identity and not live.barriers:
-            self.cache.publish(self._root, live.ids[:tokens], live.kv.column)
 
     def _tell_cut(self, live: LiveRequest, layer: int, tok: torch.Tensor, n_parked: int) -> None:
         """A cut frees what the layers above it no longer need."""

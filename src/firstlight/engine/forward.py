@@ -69,7 +69,7 @@ class Pass:
         """Nobody waits for this pass any more."""
         return all(live.cancelled for live in self.lives)
 
-    def run(self) -> Iterator[Stop]:
+    def run(self) -> Generator[Stop, None, None]:
         first = min(segment.layer[0] for segment in self.unit.segments)
         last = max(segment.layer[1] for segment in self.unit.segments)
         for layer in range(first, last):

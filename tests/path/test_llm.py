@@ -1,0 +1,142 @@
+"""The Python API on the real model: what people do with it, and what it says when they do it wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firstlight.core.errors import UserError
+from firstlight.core.request import SamplingParams
+from firstlight.llm import LLM, Progress
+
+SHORT = SamplingParams(max_tokens=6)
+REPORT = {
+    "schema_version model exact prompt_tokens cached_tokens completion_tokens text token_ids finish_reason ttft_s "
+    "tpot_s timings cells attention kv methods settings"
+}
+KEYS = set(" ".join(REPORT).split())
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_path: Path) -> Iterator[LLM]:
+    with LLM(smollm2_path, max_model_len=2048, max_num_seqs=4) as made:
+        yield made
+
+
+def is_empty(llm: LLM) -> bool:
+    llm.engine.pool.check()
+    return not llm.engine.has_work and llm.engine.pool.used == 0 and llm.engine.pool.reserved == 0
+
+
+def test_it_answers(llm: LLM) -> None:
+    (out,) = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(max_tokens=20))
+    assert out.text == "The capital of France is Paris." and out.finish_reason == "stop"
+    assert set(out.report) >= KEYS and out.report["exact"] is True
+    times = out.report["timings"]
+    parts = sum(times[k] for k in ("tokenize_s", "queue_s", "reuse_s", "prefill_s", "sample_s"))
+    assert abs(parts - out.report["ttft_s"]) < 1e-3 and times["load_s"] > 0
+    cells = out.report["cells"]
+    assert cells["total"] == 30 * out.report["prompt_tokens"]
+    assert cells["computed"] + cells["reused"] + cells["parked"] + cells["absent"] == cells["total"]
+
+
+def test_batches_equal_single_requests(llm: LLM) -> None:
+    texts = ["The sea is", "Call me", "It is a truth universally acknowledged, that"]
+    together = llm.generate(texts, SHORT)
+    assert [o.token_ids for o in together] == [llm.generate(t, SHORT)[0].token_ids for t in texts]
+    assert llm.generate([llm.encode(t) for t in texts], [SHORT] * 3)[1].token_ids == together[1].token_ids
+    assert llm.generate(llm.encode(texts[0]), SHORT)[0].token_ids == together[0].token_ids
+    assert is_empty(llm)
+
+
+def test_streams_join_to_the_text_and_closing_cancels(llm: LLM) -> None:
+    chunks = list(llm.stream("Once upon a time, 🙂 é", SamplingParams(max_tokens=20, temperature=0.9, seed=3)))
+    last = chunks[-1].completion
+    assert last is not None and "".join(c.text for c in chunks) == last.text
+    assert [i for c in chunks for i in c.token_ids] == last.token_ids
+    stream = llm.stream("Once upon a time", SamplingParams(max_tokens=200, ignore_eos=True))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert is_empty(llm)
+
+
+def test_two_streams_side_by_side(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    alone = {p: llm.generate(p, params)[0].text for p in ("The sea is", "Call me")}
+    one, two = llm.stream("The sea is", params), llm.stream("Call me", params)
+    got = {"The sea is": next(one).text, "Call me": next(two).text}
+    got["The sea is"] += "".join(c.text for c in one)
+    got["Call me"] += "".join(c.text for c in two)
+    assert got == alone
+
+
+def test_same_seed_same_tokens_whatever_else_runs(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=11, ignore_eos=True)
+    alone = llm.generate("Once", params)[0].token_ids
+    among = llm.generate(["The sea", "Once", "Call me"], [SamplingParams(max_tokens=5), params, params])
+    assert among[1].token_ids == alone != llm.generate("Once", SamplingParams(max_tokens=12, temperature=1.0, seed=12))
+
+
+def test_an_interrupt_leaves_an_engine_that_works(llm: LLM) -> None:
+    calls = 0
+
+    def interrupt(progress: Progress) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            raise KeyboardInterrupt
+
+    before, llm._progress = llm._progress, interrupt
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([list(range(100, 900)), list(range(50, 500))], SHORT)
+    llm._progress = before
+    assert is_empty(llm)
+    assert llm.generate("The sea is", SHORT)[0].text
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda llm: llm.generate(""), "empty"),
+        (lambda llm: llm.generate([[]]), "empty"),
+        (lambda llm: llm.generate([5] * 3000), "3000 tokens.*2047"),
+        (lambda llm: llm.generate([99999999]), "vocabulary"),
+        (lambda llm: llm.generate(["a", "b"], [SHORT]), "2 prompts came with 1"),
+        (lambda llm: SamplingParams(temperature=-1), "temperature=-1"),
+    ],
+)
+def test_bad_requests_get_one_line(llm: LLM, call: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        call(llm)
+    assert "\n" not in str(caught.value)
+    assert is_empty(llm)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"no_such": 1}, "no_such"),
+        ({"method": ["nope"]}, "nope.*band"),
+        ({"method": ["band:depth=3"]}, "depth.*sink"),
+        ({"method": ["band:sink=many"]}, "sink"),
+        ({"schedule": "nope"}, "nope.*sarathi"),
+        ({"precision": "int3"}, "int3"),
+        ({"kv_memory": "1KiB"}, "needs.*available"),
+        ({"kv_memory": "900GiB"}, "needs 900.*available"),
+        ({"kv_memory": "lots"}, "lots"),
+        ({"device": "toaster"}, "toaster"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+    ],
+)
+def test_bad_options_get_one_line(smollm2_path: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        LLM(smollm2_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_that_the_pool_can_never_hold_is_refused_with_both_figures(smollm2_path: Path) -> None:
+    with LLM(smollm2_path, kv_memory="8MiB") as llm, pytest.raises(UserError, match=r"needs .*MiB.*has .*MiB"):
+        llm.generate([5] * 2000)
