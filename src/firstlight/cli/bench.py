@@ -78,15 +78,16 @@ def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat
 
 
 def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
-    """The rows for a person; each time is the median, in brackets the extremes."""
+    """The rows for a person; TTFT is the median, with its extremes beside it."""
     title = f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
-    shown = Table("prompt", "TTFT", "first call", "prefill tok/s", "MFU", "decode tok/s", "peak MB", title=title)
+    shown = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    for heading in ("prompt", "TTFT", "min", "max", "1st call", "tok/s", "MFU", "decode/s", "MB"):
+        shown.add_column(heading, justify="right")
     for row in rows:
         ttft_s = row["ttft_s"]
-        extremes = f"{duration(ttft_s['min'])} to {duration(ttft_s['max'])}"
         shown.add_row(
             f"{row['prompt_tokens']}",
-            f"{duration(ttft_s['median'])} ({extremes})",
+            *(duration(ttft_s[key]) for key in ("median", "min", "max")),
             duration(row["first_call_ttft_s"]),
             f"{row['prefill_tok_s']:,.0f}",
             f"{row['mfu']:.0%}",

@@ -43,7 +43,7 @@ def gather(prompt: str | None, documents: Sequence[str]) -> str:
     Raises UserError if that leaves nothing to answer.
     """
     texts = [read_document(name) for name in documents]
-    if STDIN not in documents and (prompt is None or _is_piped()) and not _is_terminal():
+    if STDIN not in documents and not _is_terminal() and (prompt is None or _is_piped()):
         texts.append(_decode(read_stdin(), "standard input"))
     if prompt is not None:
         texts.append(prompt)
@@ -68,6 +68,7 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _is_terminal() -> bool:
+    """Nothing to read without asking a person: a terminal, or no standard input at all."""
     return sys.stdin is None or sys.stdin.isatty()
 
 
