@@ -131,6 +131,15 @@ def test_what_leaves_a_unit_no_longer_counts() -> None:
     assert (view.requests["a"].f, view.requests["a"].n_generated) == ((0, 0, 0), 0)
 
 
+def test_a_yielded_unit_leaves_with_its_last_request() -> None:
+    """Whether or not the engine says so, nobody may wait for it."""
+    unit = WorkUnit(0, (Segment("a", "prefill", (0, 100), (0, 3)),), "slice")
+    view = running().after_plan(Plan(submit=(unit,))).after(2.5, [UnitYielded(0, (1, "mlp"), 0.5, free_blocks=588)])
+    view = view.after(3.0, [Preempted("a", "recompute", 12, free_blocks=600)])
+    assert not view.units
+    assert view.after(3.0, [UnitDone(0, 0.0, free_blocks=600)]).requests["a"].state == "preempted"
+
+
 def test_cancelled_is_final() -> None:
     view = arrived().after(2.0, [Cancel("a"), Admitted("a", 0, free_blocks=588)])
     assert view.requests["a"].state == "cancelled"

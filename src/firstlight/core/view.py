@@ -1,7 +1,7 @@
 """What a policy may look at: the View, a pure fold of (config, events, plans) and of nothing else.
 
-The engine never writes into it: a fact reaches a policy in an event or not at all, so whoever has the event log has
-every view, and a replay can be compared byte by byte. It sits between the engine's events and `Policy.step`.
+It sits between the engine's events and `Policy.step`. The engine never writes into it: a fact reaches a policy in an
+event or not at all, so whoever has the event log has every view, and a replay can be compared byte by byte.
 """
 
 from __future__ import annotations
@@ -105,8 +105,7 @@ class UnitView:
 class View:
     """The engine as its events tell it. Requests are in order of arrival; finished and cancelled ones are gone.
 
-    `last` is the unit that stopped last (done or yielded), `last_s` how long it ran since its submit or last resume.
-    `free_blocks` = free + evictable - reserved.
+    `last` is the unit that stopped last, after `last_s` seconds; `free_blocks` = free + evictable - reserved.
     """
 
     config: ViewConfig
@@ -145,7 +144,7 @@ class View:
 
 
 class _Fold:
-    """A view under change, with private copies of the two maps."""
+    """A view under change."""
 
     def __init__(self, view: View, now: float) -> None:
         self.base, self.now = view, now
@@ -164,15 +163,13 @@ class _Fold:
             self.units[unit.uid] = UnitView(unit, "running", self.now)
             self.next_uid = max(self.next_uid, unit.uid + 1)
             self._take_growth(unit)
-        for uid in plan.resume:
-            if uid in self.units:
-                self.units[uid] = replace(self.units[uid], state="running", started=self.now)
+        for uid in self.units.keys() & set(plan.resume):
+            self.units[uid] = replace(self.units[uid], state="running", started=self.now)
 
     def _take_growth(self, unit: WorkUnit) -> None:
         """The engine takes a decode's next block at submit; no event says so before the unit ends."""
         for segment in unit.segments:
-            request = self.requests.get(segment.rid)
-            if segment.kind == "decode" and request and request.grow:
+            if segment.kind == "decode" and (request := self.requests.get(segment.rid)) and request.grow:
                 self.free_blocks -= request.grow
                 self.requests[segment.rid] = request._with(grow=0)
 
@@ -211,22 +208,23 @@ class _Fold:
     def _admitted(self, rid: str, n_cached: int) -> None:
         """Parked requests come back with the cells they had."""
         if request := self.requests.get(rid):
-            f = tuple(max(done, n_cached) for done in request.f)
-            self._update(rid, state="running", n_cached=n_cached, f=f)
+            self._update(rid, state="running", n_cached=n_cached, f=tuple(max(done, n_cached) for done in request.f))
 
     def _preempted(self, event: Preempted) -> None:
         self._leave_units(event.rid)
-        if event.how == "park":
-            self._update(event.rid, state="parked", need_blocks=event.need_blocks)
-            return
-        lost = {"f": (0,) * self.base.config.num_layers, "n_cached": 0, "grow": 0, "cut_layer": -1, "kept": ()}
-        self._update(event.rid, state="preempted", need_blocks=event.need_blocks, **lost)
+        changes: dict[str, Any] = {"state": "parked", "need_blocks": event.need_blocks}
+        if event.how == "recompute":
+            none_done = (0,) * self.base.config.num_layers
+            changes |= {"state": "preempted", "f": none_done, "n_cached": 0, "grow": 0, "cut_layer": -1, "kept": ()}
+        self._update(event.rid, **changes)
 
     def _leave_units(self, rid: str) -> None:
-        """A unit goes on without the request: what it still does for it doesn't count."""
-        for uid, live in self.units.items():
-            if any(segment.rid == rid for segment in live.unit.segments):
-                stay = tuple(segment for segment in live.unit.segments if segment.rid != rid)
+        """A unit goes on without the request; one that waits for a resume has nothing left to do without its last."""
+        for uid, live in list(self.units.items()):
+            stay = tuple(segment for segment in live.unit.segments if segment.rid != rid)
+            if not stay and live.state == "yielded":
+                del self.units[uid]
+            elif len(stay) < len(live.unit.segments):
                 self.units[uid] = replace(live, unit=replace(live.unit, segments=stay))
 
     def _yielded(self, uid: int, dur: float) -> None:
@@ -235,10 +233,10 @@ class _Fold:
         self.last, self.last_s = live.unit, dur
 
     def _done(self, event: UnitDone) -> None:
-        unit = self.units.pop(event.uid).unit
-        self.last, self.last_s = unit, event.dur
-        for segment in unit.segments:
-            self._finish(segment, event)
+        if live := self.units.pop(event.uid, None):
+            self.last, self.last_s = live.unit, event.dur
+            for segment in live.unit.segments:
+                self._finish(segment, event)
         for rid in event.finished:
             self.requests.pop(rid, None)
 
