@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 
 if typing.TYPE_CHECKING:
@@ -10,6 +11,10 @@ if typing.TYPE_CHECKING:
     from firstlight.llm import LLM as LLM
 
 __version__ = "0.1.0"
+
+# torch's OpenMP threads spin at barriers. Beside another busy process they spin for whole time slices (decision 0006),
+# so the spinning is bounded here: it has to be said before torch is loaded, and whoever set it already is obeyed.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _HOMES = {"LLM": "firstlight.llm", "SamplingParams": "firstlight.core.request", "Method": "firstlight.core.registry"}
 
