@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
-from firstlight.core.registry import Method, make_schedule
+from firstlight.core.parts import Capability, Keep, Retention
+from firstlight.core.registry import Method, Part, make_schedule
 from firstlight.core.request import Request, SamplingParams
-from firstlight.core.schedule import Event, UnitDone
+from firstlight.core.schedule import Event, Preempted, Timer, UnitDone, UnitYielded
 from firstlight.core.view import View, ViewConfig
+from firstlight.engine import build
 from firstlight.engine.engine import Engine
 from firstlight.simulate.replay import replay
+from tests.path.laws import Chaos
 from tests.tiny import VOCABULARY, tiny_engine
 
 COLUMN = 2 * 2 * 2 * 64 * 16 * 4
@@ -29,13 +33,37 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def mix(engine: Engine, seed: int, cancels: float = 0.3) -> dict[str, str | None]:
-    """One to six requests that come, and partly go, at random moments; how each ended."""
+@dataclass
+class Counted:
+    """What mixes brought about: a test of leaks is worth what happens in it."""
+
+    ends: list[str | None] = field(default_factory=list)
+    num_preempted: int = 0
+    num_yielded: int = 0
+
+    def watch(self, engine: Engine) -> None:
+        decide = engine._decide
+
+        def counting(events: list[Event]) -> None:
+            self.num_preempted += sum(isinstance(e, Preempted) for e in events)
+            self.num_yielded += sum(isinstance(e, UnitYielded) for e in events)
+            decide(events)
+
+        engine._decide = counting  # type: ignore[method-assign]
+
+
+def some_length(rng: random.Random) -> int:
+    """Often just short of a column, so that the answer grows into another one."""
+    return rng.choice([rng.randint(1, 200), rng.randint(57, 64), rng.randint(121, 128)])
+
+
+def mix(engine: Engine, seed: int, chaos: bool = False) -> dict[str, str | None]:
+    """One to six requests that come, and partly go, at random moments, inside units too; how each ended."""
     rng = random.Random(seed)
     base = [rng.randrange(VOCABULARY) for _ in range(220)]
     coming = []
     for i in range(rng.randint(1, 6)):
-        length = rng.randint(1, 200)
+        length = some_length(rng)
         shared = rng.choice([0, 0, 64, 100, length])
         ids = base[: min(shared, length)] + [rng.randrange(VOCABULARY) for _ in range(length - min(shared, length))]
         sampling = SamplingParams(max_tokens=rng.randint(1, 8), temperature=rng.choice([0, 0.8]), ignore_eos=True)
@@ -44,17 +72,21 @@ def mix(engine: Engine, seed: int, cancels: float = 0.3) -> dict[str, str | None
     alive: list[str] = []
 
     def at_a_stop(*_: object) -> None:
-        if coming and rng.random() < 0.02:
+        if coming and rng.random() < 0.05:
             alive.append(engine.add(coming.pop()).rid)
-        if alive and rng.random() < 0.01 * cancels:
+        if alive and rng.random() < 0.01:
             engine.cancel(rng.choice(alive))
+        if chaos and rng.random() < 0.1:
+            engine._inbox.append(Timer())
 
     engine.on_stop = at_a_stop
+    if chaos:
+        engine.policy = Chaos(seed, engine.config.num_layers, widest=60)
     alive.append(engine.add(coming.pop()).rid)
     while engine.has_work or coming:
         if coming and (not engine.has_work or rng.random() < 0.3):
             alive.append(engine.add(coming.pop()).rid)
-        if rng.random() < 0.2 * cancels:
+        if rng.random() < 0.03:
             engine.cancel(rng.choice(alive))
         for out in engine.step():
             if out.finish_reason:
@@ -63,16 +95,50 @@ def mix(engine: Engine, seed: int, cancels: float = 0.3) -> dict[str, str | None
         engine.pool.check()
     assert set(ends) == set(alive), "a request never ended"
     assert engine.pool.used == 0 and engine.pool.reserved == 0 and engine.machine.park.nbytes == 0
+    assert not engine._queue and not engine._yielded
     return ends
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": "off"}, {"method": ["band:sink=16,window=32"]}])
-def test_random_mixes_with_cancels_leave_nothing(options: dict[str, object]) -> None:
-    engine = tiny_engine(kv_memory=str(9 * COLUMN), **options)
-    reasons: list[str | None] = []
-    for seed in range(334):
-        reasons += mix(engine, seed).values()
-    assert reasons.count("cancelled") > 50 and reasons.count("length") > 200
+@pytest.mark.parametrize("chaos", [False, True], ids=["sarathi", "chaos"])
+def test_random_mixes_with_cancels_leave_nothing(options: dict[str, object], chaos: bool) -> None:
+    """Under `sarathi` in a pool that preempts; under a policy that yields and parks whatever it can, in a large one."""
+    columns = 40 if chaos else 4
+    engine = tiny_engine(kv_memory=str(columns * COLUMN), schedule="sarathi:token_budget=16", **options)
+    counted = Counted()
+    counted.watch(engine)
+    for seed in range(167):
+        counted.ends += mix(engine, seed, chaos).values()
+    assert counted.ends.count("cancelled") > 100 and counted.ends.count("length") > 100
+    assert counted.num_preempted > (200 if chaos else 8) and counted.num_yielded > (500 if chaos else 20)
+
+
+class Halver(Retention):
+    """Of prompts past a column, each head keeps other halves; shorter ones stay whole and are cached."""
+
+    def after_layer(self, layer, tok, length, obs, ctx):  # type: ignore[no-untyped-def]
+        if ctx.prompt_len < 70:
+            return None
+        return Keep([torch.arange(head % 2, n, 2) for head, n in enumerate(length)])
+
+
+@pytest.mark.parametrize("columns", [4, 6, 40])
+def test_a_retention_frees_what_it_drops_and_takes_no_more_than_promised(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rewrites columns that it shares with the cache, in pools that have no spare block."""
+    part = Part("halver", "cache", Halver(), None, Capability(exact=False, alters_cells=False))
+    monkeypatch.setattr(build, "make_parts", lambda methods: [part])
+    engine = tiny_engine(kv_memory=str(columns * COLUMN))
+    hits = 0
+    for seed in range(100):
+        mix(engine, seed)
+        assert engine.cache is not None
+        hits += len(engine.cache) > 0
+    live = engine.add(Request("last", [5] * 200, SamplingParams(max_tokens=3, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    assert hits and live.kv_end == 2 * COLUMN < live.kv.peak_nbytes == 4 * COLUMN
 
 
 def test_small_pools_preempt_and_still_answer_the_same() -> None:
@@ -115,7 +181,7 @@ def test_poisoned_free_blocks_never_reach_an_answer() -> None:
 
 
 def written(path: Path, seed: int) -> Path:
-    engine = tiny_engine(kv_memory=str(9 * COLUMN), event_log=str(path))
+    engine = tiny_engine(kv_memory=str(4 * COLUMN), schedule="sarathi:token_budget=16", event_log=str(path))
     mix(engine, seed)
     engine.close()
     return path

@@ -87,6 +87,29 @@ def test_everything_unheld_can_be_freed(seed: int) -> None:
     assert shelf.pool.free == shelf.pool.total and len(shelf.cache) == 0
 
 
+def test_a_chain_deeper_than_the_stack_can_be_dropped() -> None:
+    """One request published the beginning and left; another holds all that follows."""
+    shelf = Shelf(3000)
+    first, rest = shelf.pool.take(1), shelf.pool.take(2000)
+    shelf.cache.publish(ROOT, [1] * 4, lambda b: first)
+    shelf.cache.publish(ROOT, [1] * 8000, lambda b: rest[b : b + 1])
+    shelf.pool.release(first)
+    shelf.cache.evict(1)
+    shelf.pool.check()
+    assert shelf.pool.free == 1000 and len(shelf.cache) == 0
+
+
+def test_a_column_held_in_part_frees_the_rest() -> None:
+    pool = Pool(8, 4, torch.float32)
+    cache = PrefixCache(pool, 4, b"salt")
+    column = pool.take(4).reshape(2, 2)
+    cache.publish(ROOT, [1, 2, 3, 4], lambda b: column)
+    pool.release(column[0])
+    assert (pool.used, pool.cached, pool.free) == (2, 2, 4)
+    cache.evict(2)
+    assert (pool.used, pool.cached, pool.free) == (2, 0, 6)
+
+
 def ask(engine: Engine, ids: list[int], rid: str, new: int = 3) -> tuple[LiveRequest, dict[int, Any]]:
     """Logits of all prompt rows that were computed, the tokens under -1."""
     rows: dict[int, Any] = {}

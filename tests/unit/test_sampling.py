@@ -33,6 +33,20 @@ def test_distributions_are_right() -> None:
     assert shares(temperature=0.0) == [0, 1, 0, 0]
 
 
+def test_the_ends_of_the_dice_are_the_ends_of_the_distribution() -> None:
+    highest = 1 - 2**-53
+    assert sample(LOGITS, [SamplingParams(temperature=1.0)], [0.0]) == [1]
+    assert sample(LOGITS, [SamplingParams(temperature=1.0)], [highest]) == [0], "the least likely token"
+    assert sample(LOGITS, [SamplingParams(temperature=1.0, top_k=3)], [highest]) == [2]
+    assert sample(LOGITS, [SamplingParams(temperature=1.0, top_p=0.5)], [highest]) == [3]
+
+
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    for temperature in (1e-3, 1e-20, 1e-45, 1e-300):
+        for logits in (LOGITS, LOGITS + 1e4, LOGITS - 1e4):
+            assert sample(logits, [SamplingParams(temperature=temperature)], [0.999]) == [int(logits.argmax())]
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 10**6))
 def test_a_row_does_not_know_its_batch(seed: int) -> None:

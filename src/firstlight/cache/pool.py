@@ -84,8 +84,8 @@ class Pool:
         self._num_cached -= len(left)
         self._put_back(left)
 
-    def is_held(self, ids: Ids) -> bool:
-        return bool((self._held[ids] > 0).any())
+    def num_idle(self, ids: Ids) -> int:
+        return int(np.count_nonzero(self._held[ids] == 0))
 
     def shared(self, ids: Ids) -> NDArray[np.bool_]:
         """bool, shaped as `ids`: blocks that must be copied before a write."""

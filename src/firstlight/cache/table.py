@@ -34,6 +34,8 @@ class RequestKV:
         self.length = np.zeros((num_layers, num_kv_heads), np.int64)
         self.reserved = 0
         """Blocks of the pool's reservation that are this request's."""
+        self.peak_nbytes = 0
+        """The most that it ever held."""
         self._tables: Tensor | None = None
         """`table` as a tensor over the same memory."""
         self._explicit: dict[int, tuple[Tensor, Tensor]] = {}
@@ -62,10 +64,7 @@ class RequestKV:
         count = int(lack.sum())
         if count == 0:
             return
-        paid = min(count, self.reserved)
-        self.reserved -= paid
-        self.pool.reserved -= paid
-        ids = self.pool.take(count)
+        ids = self._take(count)
         width = int((self.num_blocks[layers[0] : layers[1]] + lack).max())
         if width > self.table.shape[2]:
             grown = np.zeros((*self.table.shape[:2], width), np.int32)
@@ -76,6 +75,7 @@ class RequestKV:
         fresh = (column >= have) & (column < have + lack[:, :, None])
         self.table[layers[0] : layers[1]][fresh] = ids
         self.num_blocks[layers[0] : layers[1]] += lack
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def adopt(self, columns: Sequence[Ids], num_tokens: int) -> None:
         """Begin with shared columns [L, Hkv] each, which hold the first `num_tokens` ordinals."""
@@ -84,6 +84,7 @@ class RequestKV:
             self.table = np.stack(columns, axis=2)
             self.num_blocks[:] = len(columns)
             self.length[:] = num_tokens
+            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def copy_column(self, source: Ids, num_tokens: int) -> None:
         """Append a copy of a column [L, Hkv] of which the first entries count: the table then holds `num_tokens`."""
@@ -183,6 +184,13 @@ class RequestKV:
         lack = blocks_for(self.length[lo:hi] + more) - self.num_blocks[lo:hi]
         return np.asarray(np.maximum(lack, 0))
 
+    def _take(self, count: int) -> Ids:
+        """Blocks of the pool, out of what was promised as far as that goes."""
+        paid = min(count, self.reserved)
+        self.reserved -= paid
+        self.pool.reserved -= paid
+        return self.pool.take(count)
+
     def _slots(self, layer: int, head: int | None, entry: NDArray[Any]) -> NDArray[np.int64]:
         """Slot numbers of entries: [n] of one head, [n, Hkv] of all."""
         block, place = entry // BLOCK, entry % BLOCK
@@ -207,7 +215,7 @@ class RequestKV:
         if not shared.any():
             return
         old = part[shared]
-        new = self.pool.take(len(old))
+        new = self._take(len(old))
         self.pool.layout.copy(_long(old), _long(new))
         part[shared] = new
         self.pool.release(old)

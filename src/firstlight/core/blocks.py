@@ -27,6 +27,6 @@ class BlockPool(Protocol):
         """The cache lets these blocks go."""
         ...
 
-    def is_held(self, ids: NDArray[Any]) -> bool:
-        """Whether a request holds any of them."""
+    def num_idle(self, ids: NDArray[Any]) -> int:
+        """How many of them no request holds: what letting them go would free."""
         ...

@@ -20,7 +20,8 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], dice: Sequence[floa
     picked = logits.argmax(-1)
     hot = [i for i, p in enumerate(params) if p.temperature > 0]
     if hot:
-        picked[hot] = _draw(logits[hot], [params[i] for i in hot], torch.tensor([dice[i] for i in hot]))
+        thrown = torch.tensor([dice[i] for i in hot], dtype=torch.float64)  # in float32 the highest would be 1
+        picked[hot] = _draw(logits[hot], [params[i] for i in hot], thrown)
     return [int(token) for token in picked]
 
 
@@ -31,13 +32,14 @@ def die(seed: int | str, ordinal: int) -> float:
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], dice: Tensor) -> Tensor:
     """Inverse of the cumulative distribution over tokens from likeliest to least likely."""
-    scaled = logits / torch.tensor([p.temperature for p in params])[:, None]
-    ranked, order = scaled.sort(dim=-1, descending=True, stable=True)
-    probability = ranked.double().softmax(-1)
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    below_best = (ranked - ranked[:, :1]).double()  # so that the likeliest token is 0 at any temperature
+    probability = (below_best / torch.tensor([p.temperature for p in params], dtype=torch.float64)[:, None]).softmax(-1)
     before = probability.cumsum(-1) - probability
     top_k = torch.tensor([p.top_k or logits.shape[1] for p in params])
     allowed = torch.arange(logits.shape[1]) < top_k[:, None]
     allowed &= before < torch.tensor([p.top_p for p in params], dtype=torch.float64)[:, None]
     probability = probability.masked_fill(~allowed, 0)
-    reached = probability.cumsum(-1) > (dice.double() * probability.sum(-1))[:, None]
-    return order.gather(1, reached.int().argmax(-1, keepdim=True))[:, 0]
+    mass = probability.cumsum(-1)
+    place = (mass <= (dice[:, None] * mass[:, -1:])).sum(-1, keepdim=True)
+    return order.gather(1, place.minimum(allowed.sum(-1, keepdim=True) - 1))[:, 0]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from firstlight.cache.pool import Ids, Pool
+from firstlight.cache.pool import Pool
 from firstlight.cache.table import RequestKV, blocks_for
 from firstlight.core.config import format_bytes
 from firstlight.core.errors import UserError
@@ -93,26 +93,41 @@ class Admission:
         """Look the prefix up and pin it, reserve the rest of the prompt's blocks. False if they aren't there."""
         began = time.perf_counter()
         hit, block = self._find(live), self.config.block_size
-        held = min(hit.num_tokens, live.num_prompt)
-        whole, rest = hit.columns[: held // block], held % block
+        most = min(hit.num_tokens, live.num_prompt)
+        # What a hit pins may be all that the rest could have been put into: then less of it must do.
+        tries = dict.fromkeys((most, most // block * block, 0))
+        held = next((tokens for tokens in tries if self._adopt(live, hit, tokens)), None)
+        if held is None:
+            return False
+        if held < most:
+            live.miss_reason = f"no room for more than {held} cached tokens beside what is new"
+        live.held, live.n_cached = held, max(0, min(held, live.num_prompt - max(1, self._last_rows)))
+        live.f = [live.n_cached] * len(live.f)
+        if not live.stamps.first_unit:  # once it runs, admissions after a preemption are no wait for a first row
+            live.stamps.reuse_s += time.perf_counter() - began
+        return True
+
+    def _adopt(self, live: LiveRequest, hit: Hit, held: int) -> bool:
+        """Begin with the hit's first `held` tokens and reserve the rest; False, and nothing done, if it can't be."""
+        block, per_column = self.config.block_size, self.config.blocks_per_column
+        whole = hit.columns[: held // block]
         # The last column is only begun: the request gets a copy, since it will write into it.
-        source = hit.columns[len(whole)] if len(whole) < len(hit.columns) else hit.partial
-        pinned: list[Ids] = [c.ravel() for c in (*whole, source if rest else None) if c is not None]
+        source = hit.partial if held % block else None
+        pinned = [column.ravel() for column in (*whole, source) if column is not None]
         for column in pinned:
             self.pool.hold(column)
-        need = self.blocks(live.num_known + 1) - len(whole) * self.config.blocks_per_column
+        # A retention rewrites what it keeps, so in the end nothing is shared.
+        shared = 0 if live.retention is not None else len(whole) * per_column
+        need = self.blocks(live.num_known + 1) - shared
         if need > self.pool.available:
             for column in pinned:
                 self.pool.release(column)
             return False
         live.kv.adopt(whole, len(whole) * block)
         live.kv.reserve(need)
-        if rest and source is not None:
+        if source is not None:
             live.kv.copy_column(source, held)
             self.pool.release(source.ravel())
-        live.held, live.n_cached = held, max(0, min(held, live.num_prompt - max(1, self._last_rows)))
-        live.f = [live.n_cached] * len(live.f)
-        live.stamps.reuse_s += time.perf_counter() - began
         return True
 
     def _find(self, live: LiveRequest) -> Hit:

@@ -24,7 +24,7 @@ from firstlight.cache.table import blocks_for
 from firstlight.core import schedule as told
 from firstlight.core.registry import Part
 from firstlight.core.request import Request, TokenOutput
-from firstlight.core.schedule import Event, Plan, Policy, WorkUnit, legal
+from firstlight.core.schedule import Event, Plan, Policy, Segment, WorkUnit, legal
 from firstlight.core.view import View, ViewConfig
 from firstlight.decode.sampling import die, sample
 from firstlight.engine.admission import Admission, Limits
@@ -86,6 +86,7 @@ class Engine:
 
     def add(self, request: Request) -> LiveRequest:
         """Queue a request. Raises UserError if it can never run."""
+        assert request.rid not in self._lives, f"a request {request.rid!r} is under way"
         live = self.admission.open(request)
         self._lives[request.rid] = live
         self._inbox.append(self.admission.arrival(live))
@@ -121,6 +122,7 @@ class Engine:
             self.cache.clear()
         if self.log is not None:
             self.log.end()
+            self.log = None
 
     # --- deciding -----------------------------------------------------------------------------------------------------
 
@@ -142,9 +144,13 @@ class Engine:
     def _decide(self, events: list[Event]) -> None:
         began = time.perf_counter()
         now = self._now()
-        self.view = self.view.after(now, events)
-        plan = self.policy.step(now, events, self.view)
-        self.view = self.view.after_plan(plan)
+        try:
+            view = self.view.after(now, events)
+            plan = self.policy.step(now, events, view)
+            self.view = view.after_plan(plan)
+        except BaseException:
+            self._inbox.extendleft(reversed(events))  # nothing was decided: they are still news
+            raise
         if self.log is not None:
             self.log.step(now, events, plan)
         self._apply(plan)
@@ -185,8 +191,10 @@ class Engine:
     def _preempt(self, live: LiveRequest, how: told.PreemptHow) -> None:
         for uid, waiting in list(self._yielded.items()):
             if live in waiting.work.lives:
-                assert len(waiting.work.lives) == 1, "a request that shares a live unit can't be preempted"
-                self._yielded.pop(uid).stops.close()
+                alone = all(other is live or other.cancelled for other in waiting.work.lives)
+                assert alone, "a request that shares a live unit can't be preempted"
+                assert how == "recompute", "a request can't be parked while a unit is half through its rows"
+                self._discard(uid)
         need = 0
         if how == "recompute":
             live.kv.release()
@@ -203,12 +211,20 @@ class Engine:
         live.cancelled, live.finish_reason = True, "cancelled"
         for uid, waiting in list(self._yielded.items()):
             if waiting.work.is_abandoned:
-                del self._yielded[uid]
-                waiting.stops.close()
+                self._discard(uid)
                 self._inbox.append(told.UnitDone(uid=uid, dur=0.0, **self._account()))
         running = [self._running] if self._running else []
-        if not any(live in u.work.lives for u in (*running, *self._queue, *self._yielded.values())):
+        units = (*running, *self._queue, *self._yielded.values())
+        if live.rid in self._lives and not any(live in unit.work.lives for unit in units):
             self._gone(live)
+
+    def _discard(self, uid: int) -> None:
+        """A yielded unit that never goes on: those of its requests that were cancelled need not wait for it."""
+        waiting = self._yielded.pop(uid)
+        waiting.stops.close()
+        for live in waiting.work.lives:
+            if live.cancelled and live.rid in self._lives:
+                self._gone(live)
 
     def _gone(self, live: LiveRequest) -> None:
         """A cancelled request leaves."""
@@ -231,7 +247,7 @@ class Engine:
             lawful = legal(live.f, segment, live.barriers, live.num_prompt)
             assert lawful, f"{segment} breaks the staircase {live.f}"
             if not live.policies:
-                live.kv.provide(segment.layer, max(segment.tok[1] - int(live.kv.length[segment.layer[0], 0]), 0))
+                live.kv.provide(segment.layer, _new_entries(live, segment))
         work = Pass(self.machine, unit, self._lives)
         self._queue.append(LiveUnit(unit, work, work.run()))
 
@@ -244,14 +260,15 @@ class Engine:
             live.stamps.first_unit = live.stamps.first_unit or time.perf_counter()
         try:
             waits_at = self._advance(live_unit)
+            if waits_at is None:
+                self._done(live_unit)
+            else:
+                self._wait(live_unit, waits_at)
         except BaseException:
             self._fail(live_unit)
             raise
-        self._running = None
-        if waits_at is None:
-            self._done(live_unit)
-        else:
-            self._wait(live_unit, waits_at)
+        finally:
+            self._running = None
 
     def _advance(self, live_unit: LiveUnit) -> Stop | None:
         """From stop to stop; returns the one to wait at, None at the end."""
@@ -269,13 +286,15 @@ class Engine:
 
     def _fail(self, live_unit: LiveUnit) -> None:
         """Something was raised inside a pass (Ctrl-C too): its requests end, the others can go on."""
-        self._running = None
         live_unit.stops.close()
+        self._yielded.pop(live_unit.unit.uid, None)
         self._inbox.append(told.UnitDone(uid=live_unit.unit.uid, dur=self._now() - live_unit.began, **self._account()))
         for live in live_unit.work.lives:
             if live.rid in self._lives:
                 live.cancelled, live.finish_reason = True, live.finish_reason or "error"
                 self._gone(live)
+            else:  # it had just finished, and the policy may not know
+                self._inbox.append(told.Cancelled(rid=live.rid, reason="error", **self._account()))
 
     def _wait(self, live_unit: LiveUnit, stop: Stop) -> None:
         self._yielded[live_unit.unit.uid] = live_unit
@@ -293,7 +312,6 @@ class Engine:
         lives = live_unit.work.lives
         prefilled = time.perf_counter()
         for live in lives:
-            live.kv_peak = max(live.kv_peak, live.kv.nbytes)
             if not live.stamps.prefilled and live.f[-1] >= live.num_prompt:
                 live.stamps.prefilled = prefilled
                 self.admission.publish_prompt(live)
@@ -357,6 +375,13 @@ class Engine:
         live.kv.reserve(min(live.kv.reserved, lack))
         kept = torch.bincount(tok // block, minlength=-(-live.num_prompt // block)).tolist()
         self._inbox.append(told.Cut(rid=live.rid, layer=layer, kept=tuple(kept), n_parked=n_parked, **self._account()))
+
+
+def _new_entries(live: LiveRequest, segment: Segment) -> int:
+    """How many entries a segment adds to a row of the table at most; an identity may hold some of them already."""
+    if not live.kv.is_identity:
+        return segment.tok[1] - segment.tok[0]
+    return max(segment.tok[1] - int(live.kv.length[segment.layer[0], 0]), 0)
 
 
 def _may_stop(unit: WorkUnit, stop: Stop) -> bool:

@@ -44,7 +44,7 @@ class LiveRequest:
         self.retention: Retention | None = next((p.impl for p in parts if p.seam == "cache"), None)
         self.barriers = tuple(sorted({c for policy in self.policies for c in policy.barriers()}))
         self.miss_reason = ""
-        self.kv_peak = self.kv_end = 0
+        self.kv_end = 0
         self.num_preempted = 0
         self._start(num_layers)
 

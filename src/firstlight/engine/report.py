@@ -32,7 +32,7 @@ def report(live: LiveRequest, parts: Sequence[Part]) -> dict[str, Any]:
         },
         "cells": _cells(live, layers),
         "attention": {"density": live.stats.visible / live.stats.dense if live.stats.dense else 1.0},
-        "kv": {"bytes_peak": live.kv_peak, "bytes_end": live.kv_end},
+        "kv": {"bytes_peak": live.kv.peak_nbytes, "bytes_end": live.kv_end},
         "methods": [{"name": p.method, "seam": p.seam, "used": True, "why": ""} for p in parts],
         "cache_miss_reason": live.miss_reason,
         "num_preempted": live.num_preempted,

@@ -104,7 +104,7 @@ class PrefixCache:
         for node in sorted(self._nodes.values(), key=lambda n: (n.last_used, -n.depth)):
             if blocks <= 0:
                 return
-            if node.key in self._nodes and not self._pool.is_held(node.column.ravel()):
+            if node.key in self._nodes and self._pool.num_idle(node.column.ravel()):
                 blocks -= self._drop(node)
 
     def clear(self) -> None:
@@ -137,11 +137,16 @@ class PrefixCache:
 
     def _drop(self, node: Node) -> int:
         """Forget a node and all below it; how many blocks that frees."""
-        freed = sum(self._drop(child) for child in list(node.children.values()))
-        del self._nodes[node.key]
         siblings = self._nodes[node.parent].children if node.parent in self._nodes else self._roots[node.parent]
         del siblings[node.key]
-        freed += 0 if self._pool.is_held(node.column.ravel()) else node.column.size
+        below = [node]
+        for each in below:  # grows while it is read: chains are deeper than Python's stack
+            below.extend(each.children.values())
+        return sum(self._forget(each) for each in below)
+
+    def _forget(self, node: Node) -> int:
+        del self._nodes[node.key]
+        freed = self._pool.num_idle(node.column.ravel())
         self._pool.unmark(node.column.ravel())
         self._evicted[node.key] = None
         while len(self._evicted) > _REMEMBERED:
