@@ -97,6 +97,7 @@ class LLM:
         self.engine.on_stop = self._on_stop
         self._answers: dict[str, _Answer] = {}
         self._numbers = itertools.count()
+        self._is_open = True
         self.load_s = time.perf_counter() - began
 
     def generate(
@@ -146,7 +147,9 @@ class LLM:
         return self.tokenizer.encode(render_chat(template, messages), special=True)
 
     def close(self) -> None:
-        """Free the KV, end the event log."""
+        """End every answer, free the KV, end the event log. Nothing can be asked any more."""
+        self._is_open = False
+        self._answers.clear()
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -167,6 +170,7 @@ class LLM:
             self._abandon(rids)
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
+        self._check_open()
         began = time.perf_counter()
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
@@ -178,11 +182,16 @@ class LLM:
 
     def _next(self, rid: str) -> StreamChunk:
         """The next piece of one answer; pieces of others that come meanwhile wait for their readers."""
+        self._check_open()
         while not self._answers[rid].chunks:
             for output in self.engine.step():
                 if (answer := self._answers.get(output.rid)) is not None:
                     answer.chunks.append(self._chunk(answer, output))
         return self._answers[rid].chunks.popleft()
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise UserError("this LLM was closed; make another one")
 
     def _last(self, rid: str) -> Completion:
         while (completion := self._next(rid).completion) is None:

@@ -97,6 +97,46 @@ def test_an_interrupt_leaves_an_engine_that_works(llm: LLM) -> None:
     assert llm.generate("The sea is", SHORT)[0].text
 
 
+def test_an_interrupt_beside_a_stream_ends_both_or_one(llm: LLM) -> None:
+    """A stream that shares the interrupted pass says so; it neither hangs nor goes on from half a row."""
+    stream = llm.stream("Once upon a time", SamplingParams(max_tokens=30, ignore_eos=True))
+    next(stream)
+    before, llm._progress = llm._progress, raise_interrupt
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([list(range(100, 900))], SHORT)
+    llm._progress = before
+    last = list(stream)[-1].completion
+    assert last is not None and last.finish_reason == "error"
+    assert is_empty(llm)
+
+
+def raise_interrupt(progress: Progress) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_models_in_one_process(llm: LLM, smollm2_path: Path) -> None:
+    """Each keeps its own settings, cells and answers, also when they take turns."""
+    want = llm.generate("The sea is", SHORT)[0].token_ids
+    with LLM(smollm2_path, max_model_len=512, max_num_seqs=1, method=["band:sink=1,window=2"]) as other:
+        one, two = llm.stream("The sea is", SHORT), other.stream("The sea is", SHORT)
+        pairs = list(zip(one, two))
+    assert [i for chunk, _ in pairs for i in chunk.token_ids] == want
+    ends = [chunk.completion for chunk in pairs[-1]]
+    assert [end.report["exact"] for end in ends if end is not None] == [True, False]
+
+
+def test_a_closed_model_says_so(smollm2_path: Path) -> None:
+    llm = LLM(smollm2_path, max_model_len=512, max_num_seqs=1)
+    stream = llm.stream("The sea is", SHORT)
+    next(stream)
+    llm.close()
+    llm.close()
+    for ask in (lambda: next(stream), lambda: llm.generate("The sea is", SHORT)):
+        with pytest.raises(UserError, match="closed"):
+            ask()
+    assert llm.engine.pool.free == llm.engine.pool.total
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
