@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import settings
@@ -27,3 +30,16 @@ def smollm2_path() -> Path:
     if path is None:
         pytest.skip("the real model is not here: run `firstlight models pull smollm2`, or set FIRSTLIGHT_MODELS")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sockets_stay_closed() -> Iterator[None]:
+    """No test talks to anybody."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a test opened a connection")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket.socket, "connect_ex", refuse)
+        yield

@@ -142,7 +142,7 @@ def test_a_retention_frees_what_it_drops_and_takes_no_more_than_promised(
 
 
 def test_small_pools_preempt_and_still_answer_the_same() -> None:
-    """Greedy answers under preemption equal those of a large pool."""
+    """Greedy and drawn answers under preemption equal those of a large pool."""
 
     def answers(columns: int) -> tuple[dict[str, list[int]], int]:
         engine, rng = tiny_engine(kv_memory=str(columns * COLUMN), deterministic=True), random.Random(3)
@@ -150,7 +150,8 @@ def test_small_pools_preempt_and_still_answer_the_same() -> None:
         lives = []
         for i in range(4):
             ids = [rng.randrange(VOCABULARY) for _ in range(60)]
-            lives.append(engine.add(Request(f"r{i}", ids, SamplingParams(max_tokens=90, ignore_eos=True))))
+            sampling = SamplingParams(max_tokens=90, temperature=i / 3, seed=i or None, ignore_eos=True)
+            lives.append(engine.add(Request(f"r{i}", ids, sampling)))
         while engine.has_work:
             for out in engine.step():
                 got.setdefault(out.rid, []).extend(out.new_ids)

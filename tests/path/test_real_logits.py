@@ -5,6 +5,7 @@ The weights themselves are judged elsewhere (against the quantisation library); 
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -79,3 +80,19 @@ def test_bf16_is_near_float32(smollm2_path: Path, ids: list[int], f32: tuple[tor
     kl = (p.exp() * (p - q)).sum(-1).mean()
     print(f"KL {kl:.5f}, top-1 {(p.argmax(-1) == q.argmax(-1)).float().mean():.3f}")
     assert kl <= 2e-3
+
+
+@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="takes minutes: `make test-all` runs it")
+def test_weights_equal_those_that_transformers_reads(smollm2_path: Path) -> None:
+    """From the same file, by their own reader: names, shapes, the order of rotated rows, every value."""
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate only")
+    model = LlamaForCausalLM.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32)
+    checkpoint, theirs = open_checkpoint(smollm2_path), model.state_dict()
+    for name in checkpoint.names():
+        assert torch.equal(checkpoint.tensor(name), theirs[name]), name
+    c, config = checkpoint.config, model.config
+    assert (c.num_layers, c.num_kv_heads, c.rms_eps) == (
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.rms_norm_eps,
+    )
