@@ -9,7 +9,7 @@ import torch
 from firstlight.core.config import Options
 from firstlight.engine.build import build_engine
 from firstlight.engine.engine import Engine
-from firstlight.kernels.dispatch import backend
+from firstlight.kernels.dispatch import fastest
 from firstlight.models.config import ModelConfig
 from firstlight.models.families import build_model
 from firstlight.models.llama import Llama
@@ -40,7 +40,7 @@ def tiny_weights(dtype: torch.dtype = torch.float32, num_layers: int = 2) -> dic
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, num_layers: int = 2) -> Llama:
-    return build_model(tiny_config(num_layers), tiny_weights(dtype, num_layers), backend("torch"))
+    return build_model(tiny_config(num_layers), tiny_weights(dtype, num_layers), fastest(16))
 
 
 def tiny_engine(**options: Any) -> Engine:

@@ -230,7 +230,7 @@ def _fill(rng: Generator, spec: Spec, views: list[KVView]) -> KVLayout:
         views[i] = view = replace(view, table=table)
         layout.k[table.long()[table > 0]] = layout.v[table.long()[table > 0]] = 77
         for h, n in enumerate(view.length):
-            layout.write(slots_of(view, h), *(_normal(rng, (n, spec.dim), spec.dtype) for _ in "kv"))
+            layout.write(slots_of(view, h)[:, None], *(_normal(rng, (n, 1, spec.dim), spec.dtype) for _ in "kv"))
     return layout
 
 

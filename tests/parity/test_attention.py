@@ -145,8 +145,8 @@ def poison(call: AttnCall, r0: int, r1: int, free: bool) -> AttnCall:
             seen = (
                 visible_mask(call, b, h, lo, hi).flatten(0, 1).any(0) if lo < hi else torch.zeros(n, dtype=torch.bool)
             )
-            layout.k.view(-1, layout.head_dim)[slots_of(view, h)[~seen]] = 55
-            layout.v.view(-1, layout.head_dim)[slots_of(view, h)[~seen]] = 55
+            unseen = slots_of(view, h)[~seen][:, None]
+            layout.write(unseen, *torch.full((2, len(unseen), 1, layout.head_dim), 55, dtype=layout.dtype))
             used = torch.zeros(table.shape[1], dtype=torch.bool)
             used[seen.nonzero()[:, 0] // BLOCK] = True
             unused = table[h, ~used].long()

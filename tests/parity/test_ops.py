@@ -6,6 +6,7 @@ result and one inside. Where rows are said to keep their bits, they keep them ex
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from firstlight.kernels.dispatch import backend
 
-OPS = ["rms_norm", "rotate", "silu_mul", "linear"]
+OPS = ["rms_norm", "add_norm", "rotate", "silu_mul", "gelu_mul", "linear"]
 SHAPES = [(1, 1, 64), (3, 3, 64), (4, 9, 64), (5, 1, 256), (67, 2, 128), (300, 4, 64)]
 """(rows, heads, head dim)."""
 
@@ -28,20 +29,22 @@ def operands(op: str, n: int, heads: int, dim: int, dtype: torch.dtype) -> tuple
     width = heads * dim
     if op == "rms_norm":
         return draw(n, width).to(dtype) * 3, [draw(width), 1e-5]
+    if op == "add_norm":
+        return draw(n, width) * 3, [draw(n, width).to(dtype), draw(width), 1e-5, dtype]
     if op == "rotate":
         angle = draw(n, dim // 2) * 100
         cos, sin = angle.cos(), angle.sin()
         return draw(n, heads, dim).to(dtype), [torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]
-    if op == "silu_mul":
+    if op in ("silu_mul", "gelu_mul"):
         return (draw(n, 2 * width) * 4).to(dtype), []
     return draw(n, width).to(dtype), [(draw(96, width) / width**0.5).to(dtype)]
 
 
 def apply(name: str, op: str, x: Tensor, rest: list[object], rows: slice = slice(None)) -> Tensor:
     """The operator on some of the rows."""
-    by_row = op == "rotate"
+    by_row = {"rotate": 2, "add_norm": 1}.get(op, 0)
     call: Callable[..., Tensor] = getattr(backend(name), op)
-    return call(x[rows], *(r[rows] if by_row else r for r in rest))
+    return call(x[rows].clone(), *(r[rows] if i < by_row else r for i, r in enumerate(rest)))
 
 
 def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
@@ -51,6 +54,8 @@ def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 def formula(op: str, x: Tensor, rest: list) -> Tensor:
     x = x.double()
+    if op == "add_norm":
+        return formula("rms_norm", x + rest[0].double(), rest[1:])
     if op == "rms_norm":
         return x * (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + rest[1]).pow(-0.5) * rest[0].double()
     if op == "rotate":
@@ -58,9 +63,10 @@ def formula(op: str, x: Tensor, rest: list) -> Tensor:
         turn = torch.complex(*(r[:, half:].double() for r in rest))[:, None]
         turned = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat([turned.real, turned.imag], -1)
-    if op == "silu_mul":
-        half = x.shape[-1] // 2
-        return x[:, :half] / (1 + torch.exp(-x[:, :half])) * x[:, half:]
+    if op.endswith("_mul"):
+        gate, up = x.chunk(2, -1)
+        inner = gate if op == "silu_mul" else (gate + 0.044715 * gate**3) * (8 / math.pi) ** 0.5
+        return gate / (1 + torch.exp(-inner)) * up
     return torch.einsum("ni,oi->no", x, rest[0].double())
 
 

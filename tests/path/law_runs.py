@@ -46,14 +46,13 @@ class Watched(Engine):
 
 
 def engine(model: Llama, policy: Policy | None, columns: int, rows: Everything | None, cached: bool) -> Watched:
-    from firstlight.kernels.dispatch import backend
 
     config = model.config
     per_column = config.num_layers * config.num_kv_heads
     pool = Pool(columns * per_column, config.head_dim, model.dtype)
     view = ViewConfig(config.num_layers, per_column, pool.total, 8, 2048)
     made = Watched(
-        Machine(model, backend("torch"), ParkStore()),
+        Machine(model, model.ops, ParkStore()),
         pool,
         policy or make_schedule(Method("sarathi"), view),
         view,

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firstlight.kernels.dispatch import backend
+from firstlight.kernels.dispatch import fastest
 from firstlight.models.families import build_model
 from firstlight.models.llama import Llama
 from firstlight.models.weights.checkpoint import open_checkpoint
@@ -42,7 +42,7 @@ def deep(request: pytest.FixtureRequest) -> Llama:
 @pytest.fixture(scope="module", params=list(DTYPES))
 def real(request: pytest.FixtureRequest, smollm2_path) -> Llama:
     checkpoint = open_checkpoint(smollm2_path)
-    return build_model(checkpoint.config, load_weights(checkpoint, DTYPES[request.param]), backend("torch"))
+    return build_model(checkpoint.config, load_weights(checkpoint, DTYPES[request.param]), fastest(64))
 
 
 def example(seed: int, lengths: list[int], vocabulary: int) -> list[Asked]:

@@ -70,7 +70,7 @@ def test_releasing_twice_is_caught() -> None:
 def read(kv: RequestKV, layer: int, head: int) -> dict[int, float]:
     """Ordinal -> first number of its key, through the view as a kernel sees it."""
     view = kv.view(layer)
-    k, v = kv.pool.layout.gather(view.table[head], view.table.shape[1])
+    k, v = kv.pool.layout.read_blocks(view.table[head : head + 1])
     assert torch.equal(k[0] * 2, v[0])
     n = view.length[head]
     tok = torch.arange(n) if view.tok is None else view.tok[head, :n]

@@ -140,12 +140,11 @@ class RequestKV:
             self._own(layer, None, first // BLOCK, last // BLOCK + 1)
         entry = tok.numpy()
         blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
-        return torch.from_numpy((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1).reshape(hi - lo, -1))
+        return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1)))
 
     def put(self, layer: int, slots: Tensor, end: int, k: Tensor, v: Tensor) -> None:
-        """Write k, v [n, Hkv, D] at slots [n * Hkv] of a layer; the row then holds `end` ordinals at least."""
-        dim = k.shape[-1]
-        self.pool.layout.write(slots, k.reshape(-1, dim), v.reshape(-1, dim))
+        """Write k, v [n, Hkv, D] at slots [n, Hkv] of a layer; the row then holds `end` ordinals at least."""
+        self.pool.layout.write(slots, k, v)
         if end > self.length[layer, 0]:
             self.length[layer] = end
 
@@ -203,9 +202,9 @@ class RequestKV:
         if len(entry) == 0:
             return
         self._own(layer, head, int(entry.min()) // BLOCK, int(entry.max()) // BLOCK + 1)
-        slots = _long(self._slots(layer, head, entry)).view(-1)
-        dim = k.shape[-1]
-        self.pool.layout.write(slots, k.reshape(-1, dim), v.reshape(-1, dim))
+        slots = torch.from_numpy(self._slots(layer, head, entry)).view(len(entry), -1)
+        shape = (*slots.shape, k.shape[-1])
+        self.pool.layout.write(slots, k.reshape(shape), v.reshape(shape))
 
     def _own(self, layer: int, head: int | None, first: int, end: int) -> None:
         """Blocks [first, end) of a row must not be shared: copy those that are."""

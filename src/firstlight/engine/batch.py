@@ -34,7 +34,7 @@ class Member:
     """Ordinals that this layer's pass may read; None = all."""
     lo: int = 0
     slots: Tensor | None = None
-    """Where the rows' K/V go, i64 [layers, n * Hkv]; None = ask the table in each layer."""
+    """Where the rows' K/V go, i64 [layers, n, Hkv]; None = ask the table in each layer."""
 
     @property
     def hi(self) -> int:
@@ -86,8 +86,12 @@ class Batch:
     def __init__(self, members: list[Member], model: Llama) -> None:
         self.members = sorted(members, key=_order)
         self.n = sum(len(m.tok) for m in members)
-        dim, dtype = members[0].x.shape[1], members[0].x.dtype
-        self.x = torch.zeros(padded(max(self.n, 1)), dim, dtype=dtype)
+        self.governed = [m for m in self.members if m.live.policies]
+        """Those whose rows a policy may touch."""
+        self.observed = [m for m in self.members if m.live.policies or m.live.retention is not None]
+        """Those whose attention a part may ask for."""
+        self.dtype = model.dtype
+        self.x = torch.zeros(padded(max(self.n, 1)), members[0].x.shape[1])
         self.tok = torch.cat([m.tok for m in self.members])
         self.pos = torch.cat([m.pos for m in self.members])
         lo = 0
@@ -114,7 +118,7 @@ class Batch:
     def scratch(self, name: str, shape: Sequence[int]) -> Tensor:
         """A tensor [N padded, *shape], zero at first, kept as long as the batch: fresh memory costs page faults."""
         if name not in self._scratch:
-            self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.x.dtype)
+            self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.dtype)
         return self._scratch[name]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:

@@ -19,7 +19,7 @@ from firstlight.engine.eventlog import EventLog
 from firstlight.engine.forward import Machine
 from firstlight.engine.memory import num_blocks
 from firstlight.engine.park import ParkStore
-from firstlight.kernels.dispatch import backend
+from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
 from firstlight.models.config import ModelConfig
 from firstlight.models.families import build_model
@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Options, digest: str) -> Engine:
     """An engine over a model's weights (in the options' precision). Raises UserError on settings that can't be."""
-    ops = backend("torch")
+    ops = fastest(config.head_dim)
     parts = make_parts(options.methods)
     model = build_model(config, weights, ops)
     if options.deterministic and (broken := ops.dependent_linears(model.linears)):

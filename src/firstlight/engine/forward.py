@@ -140,13 +140,14 @@ class Pass:
         aside = self._before(layer)
         batch = self._batch = self._batch or Batch(self._members, self.machine.model)
         q, k, v = yield from self._qkv(layer, batch)
-        for m in batch.members:
+        for m in batch.governed:
             self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
+        for m in batch.members:
             self._write(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])
         attended = batch.scratch("attended", q.shape[1:])
-        probes = Probes(layer, batch)
+        probes = Probes(layer, batch.observed)
         yield from self._attend(layer, batch, q, attended, probes)
-        for m in batch.members:
+        for m in batch.governed:
             self._row_cuts.after_attend(m, layer, probes.obs(m))
         yield Stop("sublayer", layer, "attend")
         yield from self._finish(layer, batch, attended)
@@ -155,8 +156,10 @@ class Pass:
 
     def _before(self, layer: int) -> list[tuple[Member, Tensor, Tensor]]:
         """Row policies as rows enter: revived rows come in, skipping rows are set aside for this layer."""
-        aside = []
+        aside: list[tuple[Member, Tensor, Tensor]] = []
         for member in self._members:
+            if not member.live.policies:
+                continue
             entered = self._row_cuts.before_layer(member, layer)
             if entered is not None:
                 self._batch = None
@@ -181,7 +184,7 @@ class Pass:
         """Upsert the member's cells, but for those that were exact before."""
         live, (l0, l1) = m.live, m.segment.layer
         if not m.decode:
-            live.computed += len(m.tok)
+            live.computed += m.hi - m.lo
         if m.slots is None and layer == l0 and m.is_plain:
             m.slots = live.kv.slots((l0, l1), m.tok)
         if m.slots is not None:
@@ -254,22 +257,21 @@ class Pass:
         model, rate = self.machine.model, self.machine.linear
         for block in batch.blocks(rate.rows(model.layer_flops)):
             began = time.perf_counter()
-            block.x.copy_(model.finish(layer, block.x, attended[block.lo : block.hi]))
-            rate.observe(model.layer_flops * len(block.x), time.perf_counter() - began)
+            model.finish(layer, block.x, attended[block.lo : block.hi])
+            rate.observe(model.layer_flops * (block.hi - block.lo), time.perf_counter() - began)
             yield Stop("slice", layer, "mlp")
 
     def _after(self, layer: int, batch: Batch, probes: Probes, aside: list[tuple[Member, Tensor, Tensor]]) -> None:
         """Cuts take effect, rows that skipped come back, barriers and retention decide."""
-        for m in batch.members:
-            live = m.live
+        for m in batch.observed:
             if self._row_cuts.apply(m, layer):
                 self._batch = None
-            if live.retention is not None and m.final and not m.decode:
+            if m.live.retention is not None and m.final and not m.decode:
                 self._retain(layer, m, probes.obs(m))
         for m, tok, x in aside:
             m.insert(tok, x)
             self._batch = None
-        for m in batch.members:
+        for m in batch.governed:
             if m.segment.layer[1] > layer + 1 and self._row_cuts.at_barrier(m.live, layer, m):
                 self._batch = None
 

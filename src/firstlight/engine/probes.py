@@ -9,7 +9,7 @@ from torch import Tensor
 
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Obs
-from firstlight.engine.batch import Batch, Member
+from firstlight.engine.batch import Member
 from firstlight.engine.live import LiveRequest
 from firstlight.kernels.contract import ProbeRows
 
@@ -19,17 +19,17 @@ _NEVER = 1 << 62
 class Probes:
     """Prompt sums grow strip by strip in the request; a decode pass has sums of its own."""
 
-    def __init__(self, layer: int, batch: Batch) -> None:
+    def __init__(self, layer: int, observed: Sequence[Member]) -> None:
         self._layer = layer
-        self._last_n = {m.live.rid: wanted_rows(m.live, layer) for m in batch.members}
+        self._last_n = {m.live.rid: n for m in observed if (n := wanted_rows(m.live, layer))}
         self._sums: dict[str, Tensor] = {}
 
     def rows(self, members: Sequence[Member]) -> ProbeRows | None:
         """What the attention call is told; None if nobody asks."""
-        if not any(self._last_n[m.live.rid] for m in members):
+        if not self._last_n:
             return None
         for m in members:
-            if self._last_n[m.live.rid]:
+            if m.live.rid in self._last_n:
                 self._sums[m.live.rid] = self._begin(m)
         return ProbeRows([self._first(m) for m in members], [self._sums.get(m.live.rid) for m in members])
 
@@ -39,7 +39,7 @@ class Probes:
         return None if colsum is None else Obs(colsum, member.live.kv.ordinals(self._layer))
 
     def _first(self, m: Member) -> int:
-        last_n = self._last_n[m.live.rid]
+        last_n = self._last_n.get(m.live.rid, 0)
         return (m.live.num_known if m.decode else m.live.num_prompt) - last_n if last_n else _NEVER
 
     def _begin(self, m: Member) -> Tensor:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from types import ModuleType
 
-BACKENDS = ("reference", "torch")
+from firstlight.kernels.native import lib
+
+log = logging.getLogger(__name__)
+BACKENDS = ("reference", "torch", "cpu") if lib is not None else ("reference", "torch")
 _CAP = "AVX512_CORE_BF16"
 
 
 def backend(name: str) -> ModuleType:
     """The operators of a backend: attend, rms_norm, rotate, silu_mul, linear."""
     return importlib.import_module(f"firstlight.kernels.{name}.backend")
+
+
+def fastest(head_dim: int) -> ModuleType:
+    """The backend that a run takes: the compiled one where it exists and takes heads of this size."""
+    if lib is None:
+        log.warning("no compiled kernels: using PyTorch's operators, which are slower; reinstall where g++ is at hand")
+    elif head_dim % 16:
+        log.warning("heads of %d are not a multiple of 16: using PyTorch's operators, which are slower", head_dim)
+    return backend("torch" if lib is None or head_dim % 16 else "cpu")
 
 
 def cap_instruction_set() -> None:

@@ -1,7 +1,8 @@
 """The bytes of a KV block. Nobody else knows how keys and values lie in memory.
 
-A block holds K and V of 64 entries of one (layer, KV head). Block 0 is reserved: it is all zeros, is never written, and
-stands wherever a table has nothing.
+A block holds K and V of 64 entries of one (layer, KV head), in the order in which dot products of `pair` scalars
+consume them (2 of bf16, 1 of float32): K as [D / pair, 64, pair], V as [64 / pair, D, pair]. Block 0 is reserved: it is
+all zeros, is never written, and stands wherever a table has nothing.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firstlight.kernels.native import lib
+
 BLOCK = 64
 
 
 class KVLayout:
-    """Storage of `num_blocks` single-head blocks, plain row-major K and V.
+    """Storage of `num_blocks` single-head blocks.
 
-    Shapes: k, v [num_blocks, 64, head_dim].
+    Shapes: k [num_blocks, D / pair, 64, pair], v [num_blocks, 64 / pair, D, pair].
     """
 
     def __init__(self, num_blocks: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.head_dim = head_dim
-        self.dtype = dtype
-        self.k = _untouched(num_blocks, head_dim, dtype)
-        self.v = _untouched(num_blocks, head_dim, dtype)
+        self.head_dim, self.dtype = head_dim, dtype
+        self.pair = 4 // dtype.itemsize
+        size = (num_blocks, BLOCK * head_dim * dtype.itemsize)
+        self.k = _untouched(size).view(dtype).view(num_blocks, head_dim // self.pair, BLOCK, self.pair)
+        self.v = _untouched(size).view(dtype).view(num_blocks, BLOCK // self.pair, head_dim, self.pair)
 
     @staticmethod
     def block_nbytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -31,26 +35,32 @@ class KVLayout:
         return 2 * BLOCK * head_dim * dtype.itemsize
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put k, v [n, D] at slots i64 [n] (block * 64 + place)."""
-        self.k.view(-1, self.head_dim).index_copy_(0, slots, k)
-        self.v.view(-1, self.head_dim).index_copy_(0, slots, v)
+        """Put k, v [n, H, D] at slots i64 [n, H] (block * 64 + place)."""
+        n, heads, dim = k.shape
+        slots = slots.contiguous()
+        if lib is not None and _heads_lie_together(k) and _heads_lie_together(v):
+            where = (k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), self.k.data_ptr(), self.v.data_ptr())
+            bf16 = self.dtype == torch.bfloat16
+            lib.write_kv(*where, slots.data_ptr(), n, heads, dim, torch.get_num_threads(), bf16)
+            return
+        block, place = self._place(slots)
+        self.k[block, :, place] = k.reshape(n * heads, -1, self.pair)
+        self.v[block, place // self.pair, :, place % self.pair] = v.reshape(n * heads, dim)
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [n, D] of slots i64 [n]."""
-        return self.k.view(-1, self.head_dim)[slots], self.v.view(-1, self.head_dim)[slots]
+        block, place = self._place(slots)
+        k = self.k[block, :, place].reshape(len(slots), self.head_dim)
+        return k, self.v[block, place // self.pair, :, place % self.pair]
 
     def read_blocks(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [H, 64 nb, D] of blocks i32 [H, nb]: a view where they lie in order, else a gathered copy."""
-        run = self._run(table)
-        if run is not None:
-            return run
+        """k, v [H, 64 nb, D] of blocks i32 [H, nb]: row-major copies."""
         heads, nb = table.shape
-        return self.gather(table.reshape(-1), nb) if nb else (self.k.new_empty(heads, 0, self.head_dim),) * 2
-
-    def gather(self, blocks: Tensor, each: int) -> tuple[Tensor, Tensor]:
-        """k, v [n / each, 64 each, D]: a copy of blocks i32 [n], `each` at a time."""
-        shape = (len(blocks) // each, each * BLOCK, self.head_dim)
-        return self.k.index_select(0, blocks).view(shape), self.v.index_select(0, blocks).view(shape)
+        blocks = table.reshape(-1)
+        k = self.k.index_select(0, blocks).transpose(1, 2)
+        v = self.v.index_select(0, blocks).transpose(2, 3)
+        shape = (heads, nb * BLOCK, self.head_dim)
+        return k.reshape(shape), v.reshape(shape)
 
     def clear(self, blocks: Tensor) -> None:
         """Zero whole blocks i64 [n]."""
@@ -62,22 +72,16 @@ class KVLayout:
         self.k.index_copy_(0, dst, self.k.index_select(0, src))
         self.v.index_copy_(0, dst, self.v.index_select(0, src))
 
-    def _run(self, table: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A strided view if each head's blocks are consecutive and the heads equally far apart."""
-        ids = table.numpy()
-        heads, nb = ids.shape
-        if nb == 0 or ids[0, 0] == 0 or (ids[:, 1:] - ids[:, :-1] != 1).any():
-            return None
-        step = int(ids[1, 0] - ids[0, 0]) if heads > 1 else 0
-        if step < 0 or (ids[1:, 0] - ids[:-1, 0] != step).any():
-            return None
-        per = BLOCK * self.head_dim
-        shape, stride = (heads, nb * BLOCK, self.head_dim), (step * per, self.head_dim, 1)
-        offset = int(ids[0, 0]) * per
-        return self.k.as_strided(shape, stride, offset), self.v.as_strided(shape, stride, offset)
+    def _place(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Block and place of each slot, flat."""
+        flat = slots.reshape(-1)
+        return torch.div(flat, BLOCK, rounding_mode="floor"), flat % BLOCK
 
 
-def _untouched(num_blocks: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Zeros [num_blocks, 64, head_dim] that take memory only where they are written."""
-    shape = (num_blocks, BLOCK, head_dim * dtype.itemsize)
-    return torch.from_numpy(np.zeros(shape, np.uint8)).view(dtype)
+def _heads_lie_together(x: Tensor) -> bool:
+    return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+
+
+def _untouched(shape: tuple[int, int]) -> Tensor:
+    """Zero bytes that take memory only where they are written."""
+    return torch.from_numpy(np.zeros(shape, np.uint8))

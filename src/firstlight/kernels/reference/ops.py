@@ -13,6 +13,11 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
 
 
+def add_norm(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`rms_norm` of x f32 [n, D] + delta [n, D]; `dtype` is the one that other backends round to."""
+    return rms_norm(x if delta is None else x + delta.float(), gain, eps)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) of x [n, H, D] by its angle -> [n, H, D].
 
@@ -28,6 +33,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [n, 2F], gate first -> silu(gate) * up [n, F] (SwiGLU, arXiv 2002.05202)."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [n, 2F], gate first -> gelu(gate) * up [n, F], GELU in its tanh form (arXiv 1606.08415)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _attend_decode(call: AttnCall, rows: list[Tile]) -> None:
     if shape is None:
         shape = call.rows.memo[key] = _decode_rows(call, rows)
     tables = [tile.view.table.reshape(-1).index_select(0, p) for tile, p in zip(rows, shape.places)]
-    k, v = call.layout.gather(tables[0] if len(tables) == 1 else torch.cat(tables), SPLIT // BLOCK)
+    k, v = call.layout.read_blocks(torch.cat(tables).view(-1, SPLIT // BLOCK))
     q = call.q.index_select(0, shape.query).view(len(k), 1, -1, call.q.shape[2])
     out, lse = (t.reshape(len(shape.query), -1, *t.shape[2:]) for t in _flash_part(q, k, v, shape.mask, call.scale))
     if shape.depth > 1:

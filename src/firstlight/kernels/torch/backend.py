@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 from firstlight.kernels.torch.attention import attend, attend_work
-from firstlight.kernels.torch.ops import PackedLinears, dependent_linears, linear, rms_norm, rotate, silu_mul
+from firstlight.kernels.torch.ops import (
+    PackedLinears,
+    add_norm,
+    dependent_linears,
+    gelu_mul,
+    linear,
+    rms_norm,
+    rotate,
+    silu_mul,
+)
 
-__all__ = ["PackedLinears", "attend", "attend_work", "dependent_linears", "linear", "rms_norm", "rotate", "silu_mul"]
+__all__ = [
+    "PackedLinears",
+    "add_norm",
+    "attend",
+    "attend_work",
+    "dependent_linears",
+    "gelu_mul",
+    "linear",
+    "rms_norm",
+    "rotate",
+    "silu_mul",
+]

@@ -25,14 +25,19 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), gain, eps).to(x.dtype)
 
 
+def add_norm(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Residual x f32 [n, D] += delta [n, D] in place, if given; then `rms_norm` of x as `dtype` [n, D]."""
+    return rms_norm(x if delta is None else x.add_(delta), gain, eps).to(dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on halves (RoFormer, arXiv 2104.09864). x [n, H, D] -> [n, H, D]; cos, sin f32 [n, D], sin signed.
+    """RoPE on halves, in place (arXiv 2104.09864, eq. 34). x [n, H, D] -> x; cos, sin f32 [n, D], sin signed.
 
     One rounding an operator: a fused multiply-add rounds once where it is vectorised and twice where it is not.
     """
     wide = x.to(torch.float32, copy=True)
     other = wide.roll(x.shape[-1] // 2, -1).mul_(sin[:, None])
-    return wide.mul_(cos[:, None]).add_(other).to(x.dtype)
+    return x.copy_(wide.mul_(cos[:, None]).add_(other))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -43,16 +48,23 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def linear(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
-    """x [n, I], w [O, I] (plain or packed), add [n, O] -> x w^T (+ add) [n, O]; few rows are padded to MIN_ROWS."""
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [n, 2F], gate first -> gelu(gate) * up [n, F], GELU in its tanh form (arXiv 1606.08415).
+
+    (1 + tanh(u)) / 2 is the logistic of 2u; one rounding an operator, for the same reason as in `rotate`.
+    """
+    gate, up = (part.float() for part in gate_up.chunk(2, dim=-1))
+    cubed = torch.mul(gate, gate).mul_(gate).mul_(0.044715).add_(gate)
+    gated = torch.div(gate, cubed.mul_(-1.5957691216057308).exp_().add_(1))
+    return gated.mul_(up).to(gate_up.dtype)
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x [n, I], w [O, I] (plain or packed) -> x w^T [n, O]; few rows are padded to MIN_ROWS."""
     n = x.shape[0]
     if n < MIN_ROWS:
-        pad = (0, 0, 0, MIN_ROWS - n)
-        return linear(F.pad(x, pad), w, None if add is None else F.pad(add, pad))[:n]
-    if add is None:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    else:
-        out = torch.ops.mkldnn._linear_pointwise.binary(x, add, w, None, "add")
+        return linear(F.pad(x, (0, 0, 0, MIN_ROWS - n)), w)[:n]
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return out
 
 
@@ -65,9 +77,9 @@ class PackedLinears:
         self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
         self._packed = {name: _pack(w) for name, w in weights.items()}
 
-    def __call__(self, name: str, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """x [n, I] (+ add [n, O]) -> [n, O]."""
-        return linear(x, self._packed[name], add)
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """x [n, I] -> [n, O]."""
+        return linear(x, self._packed[name])
 
 
 def dependent_linears(linears: PackedLinears) -> set[str]:

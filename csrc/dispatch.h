@@ -1,0 +1,25 @@
+// Which variant of the kernels this process runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "rows.h"
+
+namespace firstlight {
+
+struct Kernels {
+    const char* name;
+    Attend attend;
+    RmsNorm rms_norm;
+    AddNorm add_norm;
+    Rotate rotate;
+    GateMul gate_mul;
+    WriteKV write_kv;
+};
+
+// Variants that this processor can run, the fastest first.
+std::vector<const Kernels*> usable();
+
+}  // namespace firstlight

@@ -1,0 +1,111 @@
+// The Python module `firstlight.kernels._native`: kernels on raw addresses; shapes are checked by their callers in
+// src/firstlight/kernels/cpu/. Kernels run without Python's lock.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "dispatch.h"
+
+namespace nb = nanobind;
+using namespace firstlight;
+using Address = uintptr_t;
+
+namespace {
+
+const Kernels* active = usable().front();
+
+std::vector<std::string> variants() {
+    std::vector<std::string> names;
+    for (const Kernels* k : usable()) names.push_back(k->name);
+    return names;
+}
+
+bool choose(const std::string& name) {
+    for (const Kernels* k : usable())
+        if (name == k->name) return active = k, true;
+    return false;
+}
+
+template <class T>
+T* at(Address a) {
+    return (T*)a;
+}
+
+using Numbers = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// `call`, `plan`, `probe`: the fields of AttnArgs, PlanLists and the probe's in the order of cpu/attention.py.
+int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers> probe, Address views, float scale,
+               int64_t r0, int64_t r1, int threads, bool bf16) {
+    const int64_t* c = call.data();
+    AttnArgs a{};
+    a.q = at<void>(c[0]), a.q_row = c[1], a.q_head = c[2];
+    a.out = at<void>(c[3]), a.out_row = c[4], a.out_head = c[5];
+    a.lse = at<float>(c[6]), a.k = at<void>(c[7]), a.v = at<void>(c[8]);
+    a.num_heads = c[9], a.num_kv_heads = c[10], a.head_dim = c[11];
+    a.num_requests = c[12], a.row_ptr = at<int64_t>(c[13]), a.tok = at<int64_t>(c[14]), a.pos = at<int64_t>(c[15]);
+    a.model_window = c[16];
+    a.views = at<int64_t>(views), a.scale = scale, a.r0 = r0, a.r1 = r1, a.threads = threads;
+    PlanLists lists{};
+    if (plan) {
+        const int64_t* p = plan->data();
+        lists.q_tile = p[0], lists.blk = p[1], lists.num_lists = p[2], lists.head_map = at<int16_t>(p[3]);
+        lists.tile_base = at<int32_t>(p[4]), lists.tile_first = at<int32_t>(p[5]), lists.tile_map = at<int32_t>(p[6]);
+        lists.band = at<int32_t>(p[7]), lists.blk_ptr = at<int32_t>(p[8]), lists.blk_idx = at<int32_t>(p[9]);
+        lists.col_ptr = at<int32_t>(p[10]), lists.col_idx = at<int32_t>(p[11]);
+        a.plan = &lists;
+    }
+    if (probe) {
+        const int64_t *p = probe->data(), n = a.num_requests;
+        a.probe_first = p, a.probe_sums = (float* const*)(p + n), a.probe_len = p + 2 * n;
+    }
+    nb::gil_scoped_release free;
+    return active->attend(a, bf16);
+}
+
+RowArgs rows_of(Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16) {
+    return {at<void>(in), at<void>(out), in_row, out_row, rows, width, threads, bf16};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("variants", variants, "names of the variants that this processor can run, the fastest first");
+    m.def("choose", choose, nb::arg("name"), "run this variant from now on; false if the processor can't");
+    m.def("active", [] { return std::string(active->name); });
+    m.def("attend", attend, nb::arg("call"), nb::arg("plan").none(), nb::arg("probe").none(), nb::arg("views"),
+          nb::arg("scale"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"));
+    m.def(
+        "rms_norm",
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address gain, float eps) {
+            active->rms_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), at<float>(gain), eps);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "add_norm",
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address x, int64_t x_row, Address gain, float eps) {
+            active->add_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), at<float>(x), x_row, at<float>(gain), eps);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "rotate",
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, int64_t heads, Address cos, Address sin) {
+            active->rotate(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), heads, at<float>(cos), at<float>(sin));
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "gate_mul",
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, int gate) {
+            active->gate_mul(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), (Gate)gate);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "write_kv",
+        [](Address k, Address v, int64_t k_row, int64_t v_row, Address k_blocks, Address v_blocks, Address slots, int64_t rows, int64_t heads, int64_t dim, int threads, bool bf16) {
+            active->write_kv({at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16});
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+}

@@ -1,0 +1,153 @@
+// Row-local operators: norm, rotation, gate, KV write. One pass over memory each, rows shared out among threads.
+//
+// A row is always computed the same way, so its bits don't depend on its neighbours or on the threads.
+#include "rows.h"
+
+#include "attention.h"
+#include "vec.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+namespace {
+
+constexpr int64_t WORTH = 1 << 14;  // scalars below which a second thread costs more than it brings
+
+template <class Body>
+void each_row(int64_t rows, int64_t scalars, int threads, Body body) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && scalars > WORTH)
+    for (int64_t i = 0; i < rows; ++i) body(i);
+}
+
+// body(vector at j) for all of [0, width): the last, short one goes through a padded copy.
+template <class T, class Body>
+inline void each_vector(typename T::scalar* out, int64_t width, Body body) {
+    int64_t j = 0;
+    for (; j + W <= width; j += W) T::narrow(out + j, body(j, W));
+    if (j < width) {
+        typename T::scalar rest[W];
+        T::narrow(rest, body(j, (int)(width - j)));
+        std::memcpy(out + j, rest, (width - j) * sizeof rest[0]);
+    }
+}
+
+template <class T>
+inline vf some(const typename T::scalar* p, int n) {
+    if (n == W) return T::widen(p);
+    typename T::scalar padded[W] = {};
+    std::memcpy(padded, p, n * sizeof padded[0]);
+    return T::widen(padded);
+}
+
+inline vf squares(const vf v, vf sum) { return fma(v, v, sum); }
+
+// 1 / root mean square of a row whose squares were summed lane by lane
+inline vf scale_of(vf squares, int64_t width, float eps) { return all(1 / __builtin_sqrtf(sum(squares) / (float)width + eps)); }
+
+// A row of type In, scaled and times gain, as type Out.
+template <class In, class Out>
+inline void scaled(const typename In::scalar* x, vf scale, const float* gain, typename Out::scalar* out, int64_t width) {
+    each_vector<Out>(out, width, [&](int64_t j, int n) { return some<In>(x + j, n) * scale * some<F32>(gain + j, n); });
+}
+
+inline int reach(int64_t j, int64_t width) { return (int)(width - j < W ? width - j : W); }
+
+template <class T>
+void norm_as(const RowArgs& a, const float* gain, float eps) {
+    using S = typename T::scalar;
+    each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
+        const S* x = (const S*)a.in + i * a.in_row;
+        vf sums = {};
+        for (int64_t j = 0; j < a.width; j += W) sums = squares(some<T>(x + j, reach(j, a.width)), sums);
+        scaled<T, T>(x, scale_of(sums, a.width, eps), gain, (S*)a.out + i * a.out_row, a.width);
+    });
+}
+
+template <class T>
+void add_norm_as(const RowArgs& a, float* residual, int64_t x_row, const float* gain, float eps) {
+    using S = typename T::scalar;
+    each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
+        float* x = residual + i * x_row;
+        const S* add = (const S*)a.in + i * a.in_row;
+        vf sums = {};
+        for (int64_t j = 0; j < a.width; j += W) {
+            const int n = reach(j, a.width);
+            vf v = some<F32>(x + j, n);
+            if (a.in) {
+                v += some<T>(add + j, n);
+                each_vector<F32>(x + j, n, [&](int64_t, int) { return v; });
+            }
+            sums = squares(v, sums);
+        }
+        scaled<F32, T>(x, scale_of(sums, a.width, eps), gain, (S*)a.out + i * a.out_row, a.width);
+    });
+}
+
+template <class T>
+void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* sin) {
+    using S = typename T::scalar;
+    const int64_t half = a.width / 2;
+    each_row(a.rows, a.rows * heads * a.width, a.threads, [&](int64_t i) {
+        const float *c = cos + i * a.width, *s = sin + i * a.width;
+        for (int64_t h = 0; h < heads; ++h) {
+            const S* x = (const S*)a.in + i * a.in_row + h * a.width;
+            S* out = (S*)a.out + i * a.out_row + h * a.width;
+            for (int64_t j = 0; j < half; j += W) {  // both halves are read before either is written: `out` may be `in`
+                const int n = reach(j, half);
+                const vf lo = some<T>(x + j, n), hi = some<T>(x + half + j, n);
+                const vf new_lo = fma(hi, some<F32>(s + j, n), lo * some<F32>(c + j, n));
+                const vf new_hi = fma(lo, some<F32>(s + half + j, n), hi * some<F32>(c + half + j, n));
+                each_vector<T>(out + j, n, [&](int64_t, int) { return new_lo; });
+                each_vector<T>(out + half + j, n, [&](int64_t, int) { return new_hi; });
+            }
+        }
+    });
+}
+
+inline vf sigmoid(vf x) {
+    const vf e = exp2<5>((x > vf{} ? -x : x) * all(1.44269504f));  // of -|x|: never overflows
+    return (x > vf{} ? all(1.0f) : e) / (all(1.0f) + e);
+}
+
+template <class T>
+void gate_as(const RowArgs& a, Gate gate) {
+    using S = typename T::scalar;
+    each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
+        const S *x = (const S*)a.in + i * a.in_row, *up = x + a.width;
+        each_vector<T>((S*)a.out + i * a.out_row, a.width, [&](int64_t j, int n) {
+            const vf g = some<T>(x + j, n);
+            // tanh form of GELU: (1 + tanh(u)) / 2 = sigmoid(2u)
+            const vf inner = gate == Gate::silu ? g : all(1.5957691f) * fma(all(0.044715f) * g * g, g, g);
+            return g * sigmoid(inner) * some<T>(up + j, n);
+        });
+    });
+}
+
+template <class T>
+void write_as(const KVArgs& a) {
+    using S = typename T::scalar;
+    constexpr int P = T::PAIR;
+    const int64_t block = BLOCK * a.dim;
+    each_row(a.rows, a.rows * a.heads * a.dim, a.threads, [&](int64_t i) {
+        for (int64_t h = 0; h < a.heads; ++h) {
+            const int64_t slot = a.slots[i * a.heads + h], place = slot % BLOCK;
+            const S *k = (const S*)a.k + i * a.k_row + h * a.dim, *v = (const S*)a.v + i * a.v_row + h * a.dim;
+            S* to = (S*)a.k_blocks + slot / BLOCK * block + place * P;  // [D / P, 64, P]
+            for (int64_t d = 0; d < a.dim; d += P, to += BLOCK * P) std::memcpy(to, k + d, P * sizeof(S));
+            to = (S*)a.v_blocks + slot / BLOCK * block + place / P * P * a.dim + place % P;  // [64 / P, D, P]
+            for (int64_t d = 0; d < a.dim; ++d) to[d * P] = v[d];
+        }
+    });
+}
+
+}  // namespace
+
+void rms_norm(const RowArgs& a, const float* gain, float eps) { (a.bf16 ? norm_as<BF16> : norm_as<F32>)(a, gain, eps); }
+void add_norm(const RowArgs& a, float* x, int64_t x_row, const float* gain, float eps) {
+    (a.bf16 ? add_norm_as<BF16> : add_norm_as<F32>)(a, x, x_row, gain, eps);
+}
+void rotate(const RowArgs& a, int64_t heads, const float* cos, const float* sin) {
+    (a.bf16 ? rotate_as<BF16> : rotate_as<F32>)(a, heads, cos, sin);
+}
+void gate_mul(const RowArgs& a, Gate gate) { (a.bf16 ? gate_as<BF16> : gate_as<F32>)(a, gate); }
+void write_kv(const KVArgs& a) { (a.bf16 ? write_as<BF16> : write_as<F32>)(a); }
+
+}  // namespace firstlight::FIRSTLIGHT_VARIANT

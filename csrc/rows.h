@@ -1,0 +1,37 @@
+// Row-local operators between two attentions, and the write into KV blocks. Strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace firstlight {
+
+struct RowArgs {
+    const void* in;
+    void* out;
+    int64_t in_row, out_row;
+    int64_t rows, width;
+    int threads;
+    bool bf16;
+};
+
+enum class Gate : int { silu, gelu };
+
+struct KVArgs {
+    const void *k, *v;  // [n, Hkv, D]
+    int64_t k_row, v_row;  // heads lie D apart
+    void *k_blocks, *v_blocks;
+    const int64_t* slots;  // [n, Hkv]
+    int64_t rows, heads, dim;
+    int threads;
+    bool bf16;
+};
+
+// Norm of rows of the model's type into rows of it.
+using RmsNorm = void (*)(const RowArgs&, const float* gain, float eps);
+// Residual rows `x` of float32 (those of `out` count) += `in` of the model's type, if there is any; then their norm.
+using AddNorm = void (*)(const RowArgs&, float* x, int64_t x_row, const float* gain, float eps);
+using Rotate = void (*)(const RowArgs&, int64_t heads, const float* cos, const float* sin);
+using GateMul = void (*)(const RowArgs&, Gate);
+using WriteKV = void (*)(const KVArgs&);
+
+}  // namespace firstlight

@@ -1,0 +1,148 @@
+// Vectors of float as wide as the instruction set of this translation unit, and the few operations kernels need.
+//
+// Every kernel file is compiled once for each variant in CMakeLists.txt; FIRSTLIGHT_VARIANT names its namespace. Code
+// above this header is the same for all of them. A lane never looks at its neighbours, so a row's bits don't depend on
+// the rows that are computed beside it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+template <class V, class T>
+inline V load_as(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline vf load(const float* p) { return load_as<vf>(p); }
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline vf all(float x) { return x - vf{}; }
+inline vf bits(vu u) { return (vf)u; }
+
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted to one rounding where the set has it
+
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline float highest(vf v) {
+    float top = v[0];
+    for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
+    return top;
+}
+inline float sum(vf v) {  // in pairs, always the same ones
+    float part[W];
+    store(part, v);
+    for (int n = W / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) part[i] += part[i + n];
+    return part[0];
+}
+#if defined(__AVX512F__)
+inline float highest_fast(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+inline float highest_fast(vf v) { return highest(v); }
+#endif
+
+// 2^x for x <= 0; exactly 1 at 0 and exactly 0 below -126, -inf included. Relative error 1e-7 (TERMS 5) or 3e-6 (TERMS
+// 4): minimax polynomials on [-1/2, 1/2] through 1 at 0.
+template <int TERMS>
+inline vf exp2(vf x) {
+    const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+    const vf t = x + magic;
+    const vf f = x - (t - magic);
+    vf p;
+    if constexpr (TERMS == 5) {
+        p = all(1.3264727e-3f);
+        p = fma(p, f, all(9.6715130e-3f));
+        p = fma(p, f, all(5.5507336e-2f));
+        p = fma(p, f, all(2.4022242e-1f));
+        p = fma(p, f, all(6.9314700e-1f));
+    } else {
+        p = all(9.5828529e-3f);
+        p = fma(p, f, all(5.5906426e-2f));
+        p = fma(p, f, all(2.4024099e-1f));
+        p = fma(p, f, all(6.9312418e-1f));
+    }
+    p = fma(p, f, all(1.0f));
+    const vi scaled = (vi)p + ((vi)t << 23);
+#if defined(__AVX512F__)
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GT_OQ);
+    return (vf)_mm512_maskz_mov_epi32(normal, (__m512i)scaled);
+#else
+    return (vf)(scaled & (vi)(x > all(-126.0f)));
+#endif
+}
+inline float exp2_one(float x) { return exp2<5>(all(x))[0]; }
+
+// --- storage types: a scalar of the model, and the group of PAIR scalars that one dot-product step consumes ----------
+
+struct F32 {
+    using scalar = float;
+    static constexpr int PAIR = 1;
+    static constexpr int TERMS = 5;
+    static vf dot(vf acc, vf a, const float* b) { return fma(a, load(b), acc); }
+    using group = vf;
+    static vf group_at(const float* a) { return all(*a); }
+    static vf widen(const float* p) { return load(p); }
+    static void narrow(float* p, vf v) { store(p, v); }
+};
+
+struct BF16 {
+    using scalar = uint16_t;
+    static constexpr int PAIR = 2;
+    static constexpr int TERMS = 4;
+    using group = vu;
+    static vu group_at(const uint16_t* a) {
+        uint32_t pair;
+        std::memcpy(&pair, a, sizeof pair);
+        return pair - vu{};
+    }
+    // acc += a0 b0 + a1 b1, for pairs of bf16
+    static vf dot(vf acc, vu a, const uint16_t* b) {
+#if defined(__AVX512BF16__)
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)_mm512_loadu_si512(b));
+#else
+        const vu pair = load_as<vu>(b), high = all_bits(0xffff0000u);
+        return fma(bits(a & high), bits(pair & high), fma(bits(a << 16), bits(pair << 16), acc));
+#endif
+    }
+    static vu all_bits(uint32_t x) { return x - vu{}; }
+    static vf widen(const uint16_t* p) { return bits(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+    static void narrow(uint16_t* p, vf v) {  // to nearest, ties to even; finite values only
+#if defined(__AVX512BF16__)
+        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+        std::memcpy(p, &rounded, sizeof rounded);
+#else
+        const vu u = (vu)v;
+        const vh rounded = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
+        std::memcpy(p, &rounded, sizeof rounded);
+#endif
+    }
+};
+
+}  // namespace firstlight::FIRSTLIGHT_VARIANT

@@ -1,0 +1,96 @@
+"""`attend` on the compiled kernel (csrc/attention.cpp): a call's tensors become addresses; nothing is computed here."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from firstlight.core.attn import AttnPlan
+from firstlight.kernels.contract import AttnCall, AttnRows, KVView, ProbeRows
+from firstlight.kernels.native import lib
+
+Numbers = NDArray[np.int64]
+_STEP = 64
+"""Rows between two places where a call can be sliced."""
+
+
+def attend(call: AttnCall, r0: int, r1: int) -> None:
+    """Attention of rows [r0, r1): writes out, lse, probe sums and stats of the call."""
+    assert lib is not None
+    if r0 >= r1:
+        return
+    q, out, layout, rows = call.q, call.out, call.layout, call.rows
+    row_ptr, before, tok, pos = rows.memo.get("numbers") or _numbers(rows)
+    (q_row, q_head, one), (out_row, out_head, also_one), (_, heads, dim) = q.stride(), out.stride(), q.shape
+    assert one == also_one == 1 and dim % 16 == 0
+    views = np.array([_view(view) for view in call.kv], np.int64)
+    numbers = np.array(
+        [
+            *(q.data_ptr(), q_row, q_head, out.data_ptr(), out_row, out_head, _address(call.lse)),
+            *(layout.k.data_ptr(), layout.v.data_ptr(), heads, len(call.kv[0].length), dim),
+            *(len(call.kv), row_ptr.ctypes.data, tok, pos, call.model_window or 0),
+        ],
+        np.int64,
+    )
+    plan = None if call.plan is None else _plan(call.plan)
+    probe = None if call.probe is None else _probe(call.probe)
+    threads, bf16 = torch.get_num_threads(), q.dtype == torch.bfloat16
+    seen = lib.attend(numbers, plan, probe, views.ctypes.data, call.scale, r0, r1, threads, bf16)
+    call.stats.dense += (before[r1] - before[r0]) * heads
+    call.stats.visible += seen
+
+
+def _numbers(rows: AttnRows) -> tuple[Numbers, list[int], int, int]:
+    """What stays the same from layer to layer: row_ptr, dense pairs before each row, addresses of ordinals, positions."""
+    assert rows.tok.is_contiguous() and rows.pos.is_contiguous()
+    made = (np.array(rows.row_ptr, np.int64), _dense_pairs(rows), rows.tok.data_ptr(), rows.pos.data_ptr())
+    rows.memo["numbers"] = made
+    return made
+
+
+def attend_work(call: AttnCall, r0: int, r1: int) -> list[tuple[int, float]]:
+    """Where rows [r0, r1) can be sliced: (end row, operations as if dense) of some rows each."""
+    key = ("work", r0, r1)
+    if key not in call.rows.memo:
+        ends = [*range(r0 + _STEP, r1, _STEP), r1] if r1 > r0 else []
+        before = _dense_pairs(call.rows)
+        each = 4.0 * call.q.shape[1] * call.q.shape[2]
+        call.rows.memo[key] = [(e, each * (before[e] - before[b])) for b, e in zip([r0, *ends], ends)]
+    work: list[tuple[int, float]] = call.rows.memo[key]
+    return work
+
+
+def _dense_pairs(rows: AttnRows) -> list[int]:
+    """[N + 1]: (row, key) pairs of a dense pass over the rows before each."""
+    pairs: list[int] = np.concatenate([[0], np.cumsum(rows.tok.numpy() + 1)]).tolist()
+    return pairs
+
+
+def _view(view: KVView) -> list[int]:
+    table, tok, visible = view.table, view.tok, view.visible
+    step, one = table.stride()
+    assert one == 1
+    return [
+        *(table.data_ptr(), step, table.shape[1]),
+        *((0, 0, 0) if tok is None else (tok.data_ptr(), _address(view.pos), tok.stride(0))),
+        *((0, 0) if visible is None else (visible.data_ptr(), visible.stride(0))),
+        *view.length,
+    ]
+
+
+def _plan(plan: AttnPlan) -> Numbers:
+    lists = (plan.head_map, plan.tile_base, plan.tile_first, plan.tile_map, plan.band)
+    listed = (plan.blk_ptr, plan.blk_idx, plan.col_ptr, plan.col_idx)
+    assert all(t is None or t.is_contiguous() for t in (*lists, *listed))
+    return np.array([plan.q_tile, plan.blk, plan.num_lists, *map(_address, lists), *map(_address, listed)], np.int64)
+
+
+def _probe(probe: ProbeRows) -> Numbers:
+    length = [0 if c is None else c.shape[1] for c in probe.colsum]
+    return np.array([*probe.first_tok, *map(_address, probe.colsum), *length], np.int64)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

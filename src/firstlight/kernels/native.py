@@ -1,0 +1,32 @@
+"""The compiled kernels of csrc/, if this installation and this processor have them.
+
+`FIRSTLIGHT_ISA` forces a variant: avx512_bf16, avx512, avx2 or portable. By default the fastest that the processor can
+run is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+from firstlight.core.errors import UserError
+
+
+def _load() -> ModuleType | None:
+    try:
+        module = importlib.import_module("firstlight.kernels._native")
+    except ImportError:  # built without a compiler, or for another processor
+        return None
+    wanted = os.environ.get("FIRSTLIGHT_ISA")
+    if wanted and not module.choose(wanted):
+        raise UserError(f"FIRSTLIGHT_ISA={wanted!r} can't run here; choose one of: {', '.join(module.variants())}")
+    return module
+
+
+lib = _load()
+
+
+def active_isa() -> str | None:
+    """The variant in use; None if there are no compiled kernels."""
+    return None if lib is None else str(lib.active())
