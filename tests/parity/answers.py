@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
 from cases import fresh
 
+from firstlight.kernels import dispatch
 from firstlight.kernels.contract import AttnCall
-from firstlight.kernels.dispatch import BACKENDS, backend
+from firstlight.kernels.native import lib
 
 F32, BF16 = torch.float32, torch.bfloat16
-each_backend = pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+VARIANTS = [f"cpu:{isa}" for isa in lib.variants()] if lib is not None else []
+each_backend = pytest.mark.parametrize("name", ["torch", *VARIANTS])
+"""PyTorch's operators, and the compiled ones for every instruction set that this processor has."""
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16])
 
 
@@ -30,6 +34,13 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def backend(name: str) -> ModuleType:
+    """Operators by backend, or by `cpu:<instruction set>`, which is in force until the next call."""
+    kind, _, isa = name.partition(":")
+    assert not isa or lib.choose(isa)
+    return dispatch.backend(kind)
 
 
 def run(name: str, call: AttnCall, cuts: tuple[int, ...] = (), dtype: torch.dtype | None = None) -> AttnCall:

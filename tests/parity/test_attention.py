@@ -8,13 +8,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from answers import F32, assert_agrees, assert_same_bits, each_backend, each_dtype, judge, run, sums, threads
-from cases import LONG, Spec, build, few, fresh, reqs, slots_of, specs
+from answers import (
+    BF16,
+    F32,
+    assert_agrees,
+    assert_same_bits,
+    backend,
+    each_backend,
+    each_dtype,
+    judge,
+    run,
+    sums,
+    threads,
+)
+from cases import LONG, Req, Spec, build, few, fresh, reqs, slots_of, specs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from firstlight.kernels.contract import AttnCall
-from firstlight.kernels.dispatch import backend
 from firstlight.kernels.kv_layout import BLOCK
 from firstlight.kernels.reference.attention import visible_mask
 
@@ -127,6 +138,34 @@ def test_empty_rows_give_zero(name: str, dtype: torch.dtype) -> None:
     got = run(name, build(Spec(dtype=dtype, plan="empty", probe_rows=9)))
     assert (got.out == 0).all() and (got.lse == -math.inf).all()
     assert all((c == 0).all() for c in sums(got)) and got.stats.visible == 0
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("kind", ["one huge", "all huge", "equal", "zero"])
+def test_extreme_values(name: str, dtype: torch.dtype, kind: str) -> None:
+    """Scores of thousands, all scores alike: the largest wins, nothing overflows."""
+    call = build(Spec(dim=64, dtype=dtype, probe_rows=8))
+    scale = {"one huge": 1, "all huge": 300, "equal": 0, "zero": 0}[kind]
+    call.q.mul_(scale)
+    if kind == "one huge":
+        call.q[::7] *= 1000
+    if kind == "equal":
+        call.layout.v.nan_to_num_().fill_(3)
+    got, want = run(name, call), judge(call)
+    assert torch.isfinite(got.out).all()
+    torch.testing.assert_close(got.out.float(), want.out, atol=1e-2, rtol=2**-7)
+    torch.testing.assert_close(got.lse, want.lse, atol=2e-3, rtol=1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025, 4097])
+def test_agrees_on_lengths(name: str, length: int) -> None:
+    """Ends of blocks and splits, for prompt and decode rows."""
+    first = max(0, length - 20)
+    batch = (Req(first, length - first), Req(length - 1, 1, decode=True))
+    call = build(Spec(dim=64, dtype=BF16, reqs=batch, kv_heads=1))
+    assert_agrees(run(name, call), judge(call))
 
 
 # --- what isn't seen can't matter -------------------------------------------------------------------------------------

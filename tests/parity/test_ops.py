@@ -12,10 +12,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from answers import BF16, F32, each_backend, each_dtype, threads
+from answers import BF16, F32, backend, each_backend, each_dtype, threads
 from torch import Tensor
-
-from firstlight.kernels.dispatch import backend
 
 OPS = ["rms_norm", "add_norm", "rotate", "silu_mul", "gelu_mul", "linear"]
 SHAPES = [(1, 1, 64), (3, 3, 64), (4, 9, 64), (5, 1, 256), (67, 2, 128), (300, 4, 64)]

@@ -43,7 +43,7 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
 
 
 def _numbers(rows: AttnRows) -> tuple[Numbers, list[int], int, int]:
-    """What stays the same from layer to layer: row_ptr, dense pairs before each row, addresses of ordinals, positions."""
+    """Alike in all layers: row_ptr, dense pairs before each row, addresses of ordinals and positions."""
     assert rows.tok.is_contiguous() and rows.pos.is_contiguous()
     made = (np.array(rows.row_ptr, np.int64), _dense_pairs(rows), rows.tok.data_ptr(), rows.pos.data_ptr())
     rows.memo["numbers"] = made
