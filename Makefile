@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 DOCUMENT := src/firstlight/evaluate/texts/moby-dick-chapter-87.txt
 QUESTION := Which straits does the Pequod sail through?
 
-.PHONY: help demo test test-all lint docs wheel clean
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: help demo test test-all sanitize lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -25,6 +27,12 @@ test-all: $(VENV)/tested lint  ## the same with many more generated examples
 	$(BIN)/firstlight models pull $(MODEL)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
 
+sanitize: $(VENV)/tested  ## the kernels' tests under the address and undefined-behaviour sanitizers
+	$(BIN)/pip install --editable . -C cmake.define.FIRSTLIGHT_SANITIZE=ON -C build-dir=build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest tests/parity -k cpu; status=$$?; \
+		$(BIN)/pip install --editable . && exit $$status
+
 lint: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,7 +48,7 @@ clean:  ## remove what these targets made, but for fetched models
 	rm -rf $(VENV) build dist
 
 # torch comes first and alone, so that nothing that depends on it can choose another version.
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(VENV) || ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
 	$(BIN)/pip install torch==2.13.0
 	$(BIN)/pip install --editable .
