@@ -32,6 +32,7 @@ inline void micro(const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part, 
     vf acc[MR][NV] = {};
     for (int part = 0; part < count; ++part) {
         const typename T::scalar *pa = a + part * a_part, *pb = b[part] + b_offset;
+#pragma GCC unroll 2
         for (int g = 0; g < groups; ++g, pa += T::PAIR, pb += ldb) {
 #pragma GCC unroll 8
             for (int i = 0; i < MR; ++i) {
@@ -253,16 +254,16 @@ class TileWork {
             vf highest = load(score);
             for (int j = 1; j < vectors; ++j) highest = max(highest, load(score + j * W));
             top[i] = std::max(highest_fast(highest), LOWEST);
-            const vf shift = all(top[i]), scale = all(log2_scale_);
+            top[i] *= log2_scale_;
+            const vf shift = all(-top[i]), scale = all(log2_scale_);
             vf mass = {};
             scalar* weight = (scalar*)score;  // in place: never ahead of what is read
             for (int j = 0; j < vectors; ++j) {
-                const vf p = exp2<T::TERMS>((load(score + j * W) - shift) * scale);
+                const vf p = exp2<T::TERMS>(fma(load(score + j * W), scale, shift));
                 mass += p;
                 T::narrow(weight + j * W, p);
             }
             total[i] = sum(mass);
-            top[i] *= log2_scale_;
         }
         const ptrdiff_t stride = SPLIT * (ptrdiff_t)(sizeof(float) / sizeof(scalar));
         product<T>(rows_, dim_, (const scalar*)s_.score.data(), stride, BLOCK, values_, active, BLOCK / T::PAIR, part, dim_);

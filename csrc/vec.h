@@ -68,11 +68,12 @@ inline float highest_fast(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 inline float highest_fast(vf v) { return highest(v); }
 #endif
 
-// 2^x for x <= 0; exactly 1 at 0 and exactly 0 below -126, -inf included. Relative error 1e-7 (TERMS 5) or 3e-6 (TERMS
+// 2^x for x <= 0; exactly 1 at 0 and exactly 0 from -127 down, -inf included. Relative error 1e-7 (TERMS 5) or 3e-6 (TERMS
 // 4): minimax polynomials on [-1/2, 1/2] through 1 at 0.
 template <int TERMS>
 inline vf exp2(vf x) {
     const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+    x = max(x, all(-127.0f));  // where the exponent below becomes 0, and with it the number
     const vf t = x + magic;
     const vf f = x - (t - magic);
     vf p;
@@ -90,12 +91,7 @@ inline vf exp2(vf x) {
     }
     p = fma(p, f, all(1.0f));
     const vi scaled = (vi)p + ((vi)t << 23);
-#if defined(__AVX512F__)
-    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GT_OQ);
-    return (vf)_mm512_maskz_mov_epi32(normal, (__m512i)scaled);
-#else
-    return (vf)(scaled & (vi)(x > all(-126.0f)));
-#endif
+    return (vf)scaled;
 }
 inline float exp2_one(float x) { return exp2<5>(all(x))[0]; }
 
