@@ -141,7 +141,7 @@ def test_damaged_directories(directory, tmp_path_factory):
     (directory / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not readable"):
         Tokenizer.from_source(directory)
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="damaged tokenizer"):
         Tokenizer.from_source(directory)
     Backend(models.WordLevel({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))

@@ -31,9 +31,11 @@ from firstlight.prompt.vocabulary import (
 def vocabulary_from_directory(path: Path) -> Vocabulary:
     """From tokenizer.json, tokenizer_config.json, generation_config.json, config.json and chat_template.jinja."""
     file = path / "tokenizer.json"
-    backend, decoders = _opened(file)
+    text, document = _read(file)
+    decoders = _steps(document.get("decoder"), "decoders")
     piece = _piece(decoders)
-    if piece is None or not isinstance(backend.model, models.BPE):
+    backend = guarded(lambda: _built(text), f"{file}: damaged tokenizer") if _is_plain(document, text) else None
+    if piece is None or backend is None or not isinstance(backend.model, models.BPE):
         raise UserError(f"{file}: only byte-level BPE and SentencePiece tokenizers with byte fallback are supported")
     tokens = {index: text for text, index in backend.get_vocab(with_added_tokens=True).items()}
     added = backend.get_added_tokens_decoder()
@@ -50,44 +52,52 @@ def vocabulary_from_directory(path: Path) -> Vocabulary:
         added=frozenset(added),
         roles=find_roles(roles, specials),
         eos_ids=find_ends([i for value in listed for i in token_ids(value, tokens)], specials),
-        bos_ids=_bos_ids(backend, specials, config),
+        bos_ids=_bos_ids(document, specials, config),
         space_before=any(decoder.get("type") == "Strip" for decoder in decoders),
         chat_template=_template(path, config),
     )
 
 
-def _opened(file: Path) -> tuple[Backend, list[dict[str, Any]]]:
-    """The library's tokenizer, with role tokens made control tokens, and the steps of its decoder."""
+def _read(file: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
+        document = json.loads(text)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); a model directory needs it") from None
-    except ValueError:
-        raise UserError(f"{file}: damaged tokenizer (not UTF-8); fetch it again") from None
-
-    def build() -> tuple[Backend, list[dict[str, Any]]]:
-        backend = Backend.from_str(text)
-        backend.no_truncation()
-        backend.no_padding()
-        added = backend.get_added_tokens_decoder().values()
-        roles = [token.content for token in added if not token.special and is_role_text(token.content)]
-        backend.add_special_tokens([AddedToken(role, special=True, normalized=False) for role in roles])
-        return backend, _steps(json.loads(text).get("decoder"))
-
-    return guarded(build, f"{file}: damaged tokenizer")
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: damaged tokenizer (not JSON); fetch it again") from None
+    return text, document if isinstance(document, dict) else {}
 
 
-def _steps(decoder: Any) -> list[dict[str, Any]]:
-    """A decoder of a tokenizer.json as a flat list."""
-    if not isinstance(decoder, dict):
+def _is_plain(document: Mapping[str, Any], text: str) -> bool:
+    """Whether it does without what no such tokenizer has, and on which the library panics when it is damaged."""
+    model = document.get("model")
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    return isinstance(model, dict) and not any(model.get(key) for key in affixes) and '"Precompiled"' not in text
+
+
+def _built(text: str) -> Backend:
+    """The library's tokenizer, with role tokens made control tokens."""
+    backend = Backend.from_str(text)
+    backend.no_truncation()
+    backend.no_padding()
+    added = backend.get_added_tokens_decoder().values()
+    roles = [token.content for token in added if not token.special and is_role_text(token.content)]
+    backend.add_special_tokens([AddedToken(role, special=True, normalized=False) for role in roles])
+    return backend
+
+
+def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
+    """A decoder or post-processor of a tokenizer.json as a flat list; a sequence has its parts under `inner`."""
+    if not isinstance(part, dict):
         return []
-    nested = decoder.get("decoders") if decoder.get("type") == "Sequence" else None
-    return [step for inner in nested for step in _steps(inner)] if isinstance(nested, list) else [decoder]
+    nested = part.get(inner) if part.get("type") == "Sequence" else None
+    return [step for each in nested for step in _steps(each, inner)] if isinstance(nested, list) else [part]
 
 
 def _piece(decoders: list[dict[str, Any]]) -> Callable[[str], bytes] | None:
     """The bytes of a token under a decoder; None where they aren't the token's alone."""
-    kinds = [decoder.get("type") for decoder in decoders]
+    kinds = [str(decoder.get("type")) for decoder in decoders]
     if kinds == ["ByteLevel"]:
         return byte_level_piece
     spaces = [d for d in decoders if d.get("type") == "Replace"]
@@ -114,11 +124,22 @@ def _content(token: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _bos_ids(backend: Backend, specials: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, ...]:
+def _bos_ids(document: Mapping[str, Any], specials: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, ...]:
     """The BOS that the tokenizer's own post-processor, or its config, puts before a text."""
-    bos = specials.get(_content(config.get("bos_token")))
-    wanted = config.get("add_bos_token") or bos in backend.encode("", add_special_tokens=True).ids[:1]
+    text = _content(config.get("bos_token"))
+    bos, wanted = specials.get(text), config.get("add_bos_token") or _first_special(document) == text
     return (bos,) if bos is not None and wanted else ()
+
+
+def _first_special(document: Mapping[str, Any]) -> str | None:
+    """The special token that a template of the post-processor begins with. It is read, not run: the library panics on
+    a damaged one."""
+    for step in _steps(document.get("post_processor"), "processors"):
+        single = step.get("single")
+        first = single[0].get("SpecialToken") if isinstance(single, list) and single[:1] else None
+        if isinstance(first, dict):
+            return _content(first.get("id"))
+    return None
 
 
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:
