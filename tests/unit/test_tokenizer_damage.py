@@ -17,7 +17,7 @@ from firstlight.core.errors import UserError
 from firstlight.prompt.tokenizer import Tokenizer
 from tests.unit.test_vocabularies import SMALL, metadata, sentencepiece_json
 
-anything = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+anything = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HUGE = [-1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64, 10**400, 1e308, True, None, "x", [], {}]
 
 
