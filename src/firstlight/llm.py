@@ -144,7 +144,8 @@ class LLM:
         template = self.tokenizer.chat_template
         if template is None:
             raise UserError(f"{self.model_name} has no chat template; use --raw, or generate() with a plain text")
-        return self.tokenizer.encode(render_chat(template, messages), special=True)
+        text = render_chat(template, messages, **self.tokenizer.template_tokens)
+        return self.tokenizer.begun(self.tokenizer.encode(text, special=True))
 
     def close(self) -> None:
         """End every answer, free the KV, end the event log. Nothing can be asked any more."""

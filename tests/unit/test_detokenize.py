@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 from firstlight.core.errors import UserError
 from firstlight.prompt.detokenize import Detokenizer
 from firstlight.prompt.tokenizer import Tokenizer
+from firstlight.prompt.vocabulary import LibraryEncoder
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "Ã ©", "ð Ł", "1 2"]
@@ -97,10 +98,9 @@ class SlowBackend:
 
 
 def test_threads_do_not_see_each_others_switch():
-    tokenizer = Tokenizer.from_source(metadata())
-    tokenizer._backend = SlowBackend()
+    encode = LibraryEncoder(SlowBackend())
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda i: tokenizer.encode("x", special=i % 2 == 0), range(40)))
+        results = list(pool.map(lambda i: encode("x", special=i % 2 == 0), range(40)))
     assert results == [[i % 2] for i in range(40)]
 
 
@@ -112,19 +112,22 @@ def test_both_sources_agree(tokenizer, directory):
     assert [other.token_bytes(i) for i in range(len(TOKENS))] == [tokenizer.token_bytes(i) for i in range(len(TOKENS))]
     assert (other.vocab_size, other.special_tokens) == (tokenizer.vocab_size, tokenizer.special_tokens)
     assert (other.bos_ids, other.eos_ids, other.chat_template) == ([0], {1, 2, 5}, "{{ messages }}")
+    assert other.roles == tokenizer.roles == {"bos": 0, "eos": 1}
+    assert other.template_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "llama"}, "tokenizer model 'llama' is not supported.*gpt2"),
-        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2' is not supported.*smollm"),
+        ({"model": "bert"}, "tokenizer model 'bert' is not supported.*gpt2 or llama"),
+        ({"model": ["gpt2"]}, "is not supported"),
+        ({"pre": "default"}, "pre-tokenizer 'default' is not supported.*smollm or qwen2 or llama-bpe"),
         ({"tokens": None}, "no tokenizer tokens"),
         ({"merges": [1, 2]}, "no tokenizer merges"),
         ({"merges": ["no such"]}, "damaged"),
         ({"merges": ["alone"]}, "damaged"),
-        ({"token_type": np.array([1, 2], np.int32)}, "don't match"),
-        ({"token_type": "text"}, "don't match"),
+        ({"token_type": np.array([1, 2], np.int32)}, "token_type doesn't match"),
+        ({"token_type": "text"}, "token_type doesn't match"),
     ],
 )
 def test_damaged_metadata(changed: Mapping[str, object], message):
@@ -138,7 +141,7 @@ def test_damaged_directories(directory, tmp_path_factory):
     (directory / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not readable"):
         Tokenizer.from_source(directory)
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="damaged tokenizer"):
         Tokenizer.from_source(directory)
     Backend(models.WordLevel({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))

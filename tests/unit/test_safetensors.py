@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,76 @@ def test_a_flipped_byte_is_refused_or_harmless(valid, position, mask):
     damaged = bytearray(data)
     damaged[position % (8 + struct.unpack_from("<Q", data)[0])] ^= mask
     attempt(folder, bytes(damaged))
+
+
+HUGE = [1 << 31, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+
+
+@pytest.mark.parametrize("number", HUGE)
+@pytest.mark.parametrize("where", ["header", "begin", "end", "shape"])
+def test_impossible_lengths_are_refused_without_allocating(valid, number, where):
+    folder, data = valid
+    length = struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8 : 8 + length])
+    entry = header["model.norm.weight"]
+    if where == "shape":
+        entry["shape"] = [number, number]
+    elif where != "header":
+        entry["data_offsets"][where == "end"] = number
+    text = json.dumps(header).encode()
+    damaged = struct.pack("<Q", number if where == "header" else len(text)) + text + data[8 + length :]
+    tracemalloc.start()
+    file = folder / "model.safetensors"
+    file.unlink()
+    file.write_bytes(damaged)
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+    assert peak < 1 << 20
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    saved(tmp_path, shard="4KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | load_file(second), second)
+    with pytest.raises(UserError, match="is in another file too"):
+        open_checkpoint(tmp_path)
+
+
+wrong = st.sampled_from(
+    [None, [], {}, "x", "", "..", "/etc/passwd", "a/b", 7, 1 << 64, True, "model.safetensors\0", "."]
+)
+
+
+@anything
+@given(weight_map=st.one_of(wrong, st.dictionaries(st.text(max_size=5), wrong, max_size=4)))
+def test_any_index_may_be_wrong(valid, weight_map):
+    folder, data = valid
+    (folder / "model.safetensors").write_bytes(data)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    try:
+        open_checkpoint(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        index.unlink()
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\ntags: [a]\n---\n# Model\nlicense: no\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: 'qwen-research'\n---\n", "qwen-research"),
+        ("# No header\nlicense: mit\n", None),
+        ("---\nlicense:\n---\n", None),
+        ("---\nnever ends", None),
+        ("", None),
+    ],
+)
+def test_the_license_is_what_the_model_card_says(tmp_path, card, license):
+    saved(tmp_path)
+    (tmp_path / "README.md").write_text(card)
+    assert open_checkpoint(tmp_path).license == license

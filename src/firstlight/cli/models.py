@@ -15,6 +15,7 @@ from rich.table import Table
 
 from firstlight.models.weights import hub
 from firstlight.models.weights.checkpoint import Checkpoint, open_checkpoint
+from firstlight.models.weights.known import KNOWN, known_file
 from firstlight.models.weights.store import cache_bound, cache_dir, cache_size
 
 app = typer.Typer(help="List, fetch and describe models.", no_args_is_help=True)
@@ -40,7 +41,9 @@ def list_models(as_json: _Json = False) -> None:
 
 @app.command()
 def pull(name: Annotated[str, typer.Argument(help="A name from `firstlight models list`.")]) -> None:
-    """Fetch a known model, check its sha256 and print its path."""
+    """Show a known model's terms, fetch it, check its sha256 and print its path."""
+    if name in KNOWN:
+        typer.echo(f"{KNOWN[name].about}\n{KNOWN[name].terms}", err=True)
     with progress_bar(f"fetching {name}") as progress:
         path = hub.pull(name, progress=progress)
     typer.echo(path)
@@ -48,7 +51,7 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `firstlight model
 
 @app.command()
 def show(
-    model: Annotated[str, typer.Argument(help="A known name, a .gguf file or a directory with config.json.")],
+    model: Annotated[str, typer.Argument(help="A known name, a .gguf file, a directory with config.json or a hub id.")],
     as_json: _Json = False,
 ) -> None:
     """Architecture, shapes, types and memory of a model."""
@@ -66,11 +69,12 @@ def show(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `show` prints; sizes in bytes, resident ones as they are at run time with the default precision, bf16."""
-    config = checkpoint.config
+    config, known = checkpoint.config, known_file(checkpoint.path)
     elements = {name: _product(shape) for name, shape in checkpoint.shapes.items()}
     return {
         "path": str(checkpoint.path),
-        "license": checkpoint.license,
+        "license": checkpoint.license or (known and known.license),
+        "terms": known and known.terms,
         "architecture": config.architecture,
         "parameters": sum(elements.values()),
         "num_layers": config.num_layers,
@@ -102,10 +106,10 @@ def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
 
 
 def _inventory() -> dict[str, Any]:
-    paths = {name: hub.pulled(name) for name in hub.KNOWN}
+    paths = {name: hub.pulled(name) for name in KNOWN}
     models = [
         {"name": name, "about": known.about, "nbytes": known.nbytes, "path": str(paths[name]) if paths[name] else None}
-        for name, known in hub.KNOWN.items()
+        for name, known in KNOWN.items()
     ]
     cache = {"path": str(cache_dir() / "weights"), "nbytes": cache_size(), "max_nbytes": cache_bound()}
     return {"models": models, "weight_cache": cache}

@@ -13,7 +13,10 @@ from firstlight.prompt.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """One answer's stream: the pieces of `push` and the last of `flush` join to `Tokenizer.decode` of all ids."""
+    """One answer's stream: the pieces of `push` and the last of `flush` join to what its ids add to a text.
+
+    That is `Tokenizer.decode` of them, but for a first space: an answer goes on where its prompt ends, and keeps it.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -7,19 +7,19 @@ called, which is once per model (`store` keeps the result).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig, config_from_gguf, config_from_hf
 from firstlight.models.weights.digest import digest_of
-from firstlight.models.weights.gguf import GGUFFile, TensorInfo
+from firstlight.models.weights.gguf import TensorInfo
+from firstlight.models.weights.shards import card_license, open_tensors, read_json, shards
+from firstlight.models.weights.split import GGUFModel
 
 _HEAD = "lm_head.weight"
 # Hugging Face name: GGUF name; {} is the layer.
@@ -120,11 +120,11 @@ def gguf_name(name: str) -> str:
 
 
 class GGUFCheckpoint:
-    """A GGUF file as a checkpoint."""
+    """A GGUF file, or the several that a model was split into, as a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = GGUFFile(path)
+        self.file = GGUFModel(path)
         metadata, tensors = self.file.metadata, self.file.tensors
         self.config = config_from_gguf(metadata, tie_head="output.weight" not in tensors)
         stated = metadata.get("general.license")
@@ -137,7 +137,7 @@ class GGUFCheckpoint:
 
     @property
     def digest(self) -> str:
-        return digest_of([self.path])
+        return digest_of(self.file.paths)
 
     @property
     def types(self) -> dict[str, str]:
@@ -179,12 +179,12 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = config_from_hf(_json(path / "config.json"))
-        self.license: str | None = None
+        self.config = config_from_hf(read_json(path / "config.json"))
+        self.license = card_license(path / "README.md")
         self.shapes = tensor_shapes(self.config)
         self.tokenizer_source = path
-        self._files = _shards(path)
-        self._handles: dict[str, Any] = {name: handle for file in self._files for name, handle in _opened(file)}
+        self._files = shards(path)
+        self._handles = open_tensors(self._files)
         if self.config.tie_head:  # some exporters store the tied head again
             self._handles.pop(_HEAD, None)
         found = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
@@ -205,37 +205,3 @@ class SafetensorsCheckpoint:
     def tensor(self, name: str) -> torch.Tensor:
         values: torch.Tensor = self._handles[name].get_tensor(name)
         return values.to(torch.float32, copy=True)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a model directory needs it") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON; fetch the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; fetch the file again")
-    return value
-
-
-def _shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return [path / "model.safetensors"]
-    listed = _json(index).get("weight_map")
-    names = set(listed.values()) if isinstance(listed, dict) else set()
-    # Untrusted: a shard is a plain name beside its index, never a path elsewhere.
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{index}: its weight_map does not list files beside it; fetch the file again")
-    return [path / name for name in sorted(names)]
-
-
-def _opened(file: Path) -> list[tuple[str, Any]]:
-    try:
-        handle = safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; only safetensors are read, convert or fetch the model again") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged safetensors file ({str(error)[:80]}); fetch it again") from None
-    return [(name, handle) for name in handle.keys()]  # type: ignore[no-untyped-call]  # noqa: SIM118 (not a dict)

