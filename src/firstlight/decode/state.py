@@ -61,19 +61,27 @@ class Decoding:
             self.structure.accept(token)
         if self.request.text is not None:
             self._text += self._stops.push(self.request.text.push([token]), may_stop)
+        is_last = len(self.token_ids) >= self.params.max_tokens
+        if is_last:
+            self._flush()
         if self._stops.matched is not None:
             self.stop_reason = self._stops.matched
             return "stop"
-        return "length" if len(self.token_ids) >= self.params.max_tokens else None
+        return "length" if is_last else None
 
     def output(self, reason: FinishReason | None) -> TokenOutput:
         """What is new since the last output; with a reason, all that is left."""
-        if reason is not None and self._stops.matched is None and self.request.text is not None:
-            self._text += self._stops.push(self.request.text.flush(), may_stop=False) + self._stops.flush()
+        if reason is not None:
+            self._flush()
         ids, logprobs = self.token_ids[self._told :], self.logprobs[self._told :]
         text, self._text, self._told = self._text, "", len(self.token_ids)
         wanted = None if self.params.logprobs is None else logprobs
         return TokenOutput(self.request.rid, ids, reason, text=text, logprobs=wanted)
+
+    def _flush(self) -> None:
+        """The answer is over: what was uncertain is text, up to a stop that it completes."""
+        if self.request.text is not None and self._stops.matched is None:
+            self._text += self._stops.push(self.request.text.flush()) + self._stops.flush()
 
     def _count(self, token: int) -> None:
         params = self.params

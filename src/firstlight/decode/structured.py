@@ -21,6 +21,7 @@ _MAX_SCHEMA_DEPTH = 64
 _MAX_TEXT = 1 << 16
 """Characters of a schema, regular expression or grammar: compiling takes time in the square of it."""
 _CACHE_BYTES = 1 << 28
+_CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
 # Keywords that the library reads over: an answer would be no answer to the schema.
 _UNKNOWN = {
     *("not", "if", "then", "else", "multipleOf", "uniqueItems", "contains", "minContains", "maxContains"),
@@ -37,7 +38,8 @@ class Grammars:
         """`text_bytes` of a token is what it adds to the text, nothing for control tokens: those only end answers."""
         self._text_bytes, self._num_tokens, self._vocab_size = text_bytes, num_tokens, vocab_size
         self._eos_ids = eos_ids
-        self._compiler: Any = None
+        self._compilers: dict[bool, Any] = {}
+        """For JSON, and for the rest."""
         self._lock = threading.Lock()
 
     def structure(self, params: SamplingParams) -> Structure | None:
@@ -64,18 +66,22 @@ class Grammars:
     def _compile(self, kind: str, text: str) -> Any:
         how = {"json_schema": "compile_json_schema", "regex": "compile_regex", "grammar": "compile_grammar"}
         try:
-            with self._lock:
-                self._compiler = self._compiler or self._make_compiler()
-            return getattr(self._compiler, how[kind])(text)
+            return getattr(self._compiler(kind == "json_schema"), how[kind])(text)
         except RuntimeError as error:  # the library's only kind of error
             raise UserError(f"{kind} can't be used: {_reason(error)}; change it") from None
 
-    def _make_compiler(self) -> Any:
+    def _compiler(self, is_json: bool) -> Any:
         import xgrammar  # here, because it brings a second of imports
 
-        words = [self._text_bytes(token) for token in range(self._num_tokens)]
-        info = xgrammar.TokenizerInfo(words, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos_ids))
-        return xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
+        with self._lock:
+            if is_json not in self._compilers:
+                words = [self._text_bytes(token) for token in range(self._num_tokens)]
+                # The library lets control characters into strings of limited length; JSON has none but line ends.
+                words = [b"" if is_json and _CONTROL.search(word) else word for word in words]
+                info = xgrammar.TokenizerInfo(words, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos_ids))
+                made = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
+                self._compilers[is_json] = made
+            return self._compilers[is_json]
 
 
 class Walk:
@@ -108,9 +114,9 @@ def constrain(logits: Tensor, structures: Sequence[Structure | None]) -> None:
         return
     import xgrammar
 
-    mask = xgrammar.allocate_token_bitmask(len(rows), logits.shape[1])
-    for i, row in enumerate(rows):
-        structures[row].fill(mask, i)  # type: ignore[union-attr]
+    mask = xgrammar.allocate_token_bitmask(len(structures), logits.shape[1])
+    for row in rows:
+        structures[row].fill(mask, row)  # type: ignore[union-attr]
     xgrammar.apply_token_bitmask_inplace(logits, mask, indices=rows)
 
 
