@@ -19,7 +19,9 @@ import torch
 
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
-from firstlight.core.request import Completion, Request, SamplingParams, TokenOutput
+from firstlight.core.request import Completion, Logprobs, Request, SamplingParams, TokenOutput
+from firstlight.decode.logprobs import watch_prompt
+from firstlight.decode.structured import Grammars
 from firstlight.engine.build import DTYPES, build_engine
 from firstlight.engine.forward import Pass, Stop
 from firstlight.engine.live import LiveRequest
@@ -54,6 +56,9 @@ class StreamChunk:
     text: str
     token_ids: list[int]
     completion: Completion | None = None
+    logprobs: list[Logprobs] | None = None
+    index: int = 0
+    """Which of the `n` answers."""
 
 
 @dataclass(slots=True)
@@ -61,8 +66,9 @@ class _Answer:
     """A request under way, seen from outside."""
 
     live: LiveRequest
-    detokenizer: Detokenizer
     tokenize_s: float
+    index: int = 0
+    prompt_logprobs: list[Logprobs | None] | None = None
     text: str = ""
     chunks: deque[StreamChunk] = field(default_factory=deque)
     """Made and not yet read."""
@@ -96,6 +102,8 @@ class LLM:
         self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest)
         self.engine.on_stop = self._on_stop
         self._answers: dict[str, _Answer] = {}
+        tokens = min(self.tokenizer.vocab_size, self.config.vocab_size)
+        self._grammars = Grammars(self.tokenizer.text_bytes, tokens, self.config.vocab_size, self.tokenizer.eos_ids)
         self._numbers = itertools.count()
         self._is_open = True
         self.load_s = time.perf_counter() - began
@@ -105,7 +113,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Complete texts or token ids, all in one batch; answers in the order of the prompts."""
+        """Complete texts or token ids, all in one batch; in the order of the prompts, a prompt's `n` together."""
         many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         given = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(given) != len(many):
@@ -122,18 +130,22 @@ class LLM:
         return self.generate([self.encode_chat(m) for m in many], params)  # type: ignore[arg-type]
 
     def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """One answer, piece by piece; a list of messages is a conversation. Closing the iterator cancels."""
+        """An answer, piece by piece; a list of messages is a conversation. Closing the iterator cancels.
+
+        With `n` there are several, made together and given one after the other, each with its completion at its end.
+        """
         chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         ids: Any = self.encode_chat(prompt) if chat else prompt  # type: ignore[arg-type]
-        rid = self._add(ids, params or SamplingParams())
+        rids = self._add(ids, params or SamplingParams())
         try:
-            last = False
-            while not last:
-                chunk = self._next(rid)
-                last = chunk.completion is not None
-                yield chunk
+            for rid in rids:
+                last = False
+                while not last:
+                    chunk = self._next(rid)
+                    last = chunk.completion is not None
+                    yield chunk
         finally:
-            self._abandon([rid])
+            self._abandon(rids)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as `generate` makes them."""
@@ -165,21 +177,39 @@ class LLM:
         rids: list[str] = []
         try:
             for prompt, params in work:
-                rids.append(self._add(prompt, params))
+                rids += self._add(prompt, params)
             return [self._last(rid) for rid in rids]
         finally:
             self._abandon(rids)
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
+    def _add(self, prompt: Prompt, params: SamplingParams) -> list[str]:
+        """The requests of one prompt's answers, queued."""
         self._check_open()
         began = time.perf_counter()
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
             raise UserError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}; check the ids")
-        rid = f"r{next(self._numbers)}"
-        live = self.engine.add(Request(rid, ids, params, eos_ids=self.tokenizer.eos_ids))
-        self._answers[rid] = _Answer(live, Detokenizer(self.tokenizer), live.stamps.arrived - began)
-        return rid
+        requests = [self._request(ids, params, index) for index in range(params.n)]
+        first, rows = requests[0], watch_prompt(requests[0])
+        for index, request in enumerate(requests):
+            request.after = first.rid if index else None
+            live = self.engine.add(request)
+            self._answers[request.rid] = _Answer(live, live.stamps.arrived - began, index, rows)
+        return [request.rid for request in requests]
+
+    def _request(self, ids: list[int], params: SamplingParams, index: int) -> Request:
+        """Answer `index` of a prompt. Raises UserError on what this model can't do."""
+        if bad := [i for i in (*params.stop_token_ids, *params.logit_bias) if i >= self.config.vocab_size]:
+            raise UserError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}; check the ids")
+        own = params if params.seed is None else replace(params, seed=params.seed + index)
+        return Request(
+            f"r{next(self._numbers)}",
+            ids,
+            own,
+            eos_ids=self.tokenizer.eos_ids,
+            text=Detokenizer(self.tokenizer),
+            structure=self._grammars.structure(params),
+        )
 
     def _next(self, rid: str) -> StreamChunk:
         """The next piece of one answer; pieces of others that come meanwhile wait for their readers."""
@@ -200,25 +230,41 @@ class LLM:
         return completion
 
     def _chunk(self, answer: _Answer, output: TokenOutput) -> StreamChunk:
-        """An engine's output as text; end tokens have none."""
-        text = answer.detokenizer.push(i for i in output.new_ids if i not in self.tokenizer.eos_ids)
-        if output.finish_reason is None:
-            answer.text += text
-            return StreamChunk(text, output.new_ids)
-        text += answer.detokenizer.flush()
-        answer.text += text
-        return StreamChunk(text, output.new_ids, self._finish(answer))
+        """An engine's output as its reader gets it."""
+        answer.text += output.text
+        self._name(output.logprobs or [])
+        completion = None if output.finish_reason is None else self._finish(answer)
+        return StreamChunk(output.text, output.new_ids, completion, output.logprobs, answer.index)
+
+    def _name(self, places: Sequence[Logprobs | None]) -> None:
+        """Give the tokens of log-probabilities their texts."""
+        for token, entry in ((token, entry) for place in places for token, entry in (place or {}).items()):
+            entry.decoded_token = self.tokenizer.decode([token])
 
     def _finish(self, answer: _Answer) -> Completion:
-        live, text = answer.live, answer.text
+        live, text, decoding = answer.live, answer.text, answer.live.decoding
         facts = report(live, self.engine.parts)
         facts["timings"] = {"load_s": self.load_s, "tokenize_s": answer.tokenize_s} | facts["timings"]
         facts["ttft_s"] += answer.tokenize_s
         head = {"schema_version": SCHEMA_VERSION, "model": self.model_name, "text": text}
         settings = asdict(self.options)
         facts = head | facts | {"settings": settings | {"sampling": asdict(live.request.sampling)}}
-        ids = live.ids[live.num_prompt :]
-        return Completion(list(live.request.prompt_ids), ids, text, live.finish_reason or "error", facts)
+        logprobs = None if decoding.params.logprobs is None else decoding.logprobs
+        self._name(answer.prompt_logprobs or [])
+        facts |= {"index": answer.index, "stop_reason": decoding.stop_reason}
+        for key, places in (("logprobs", logprobs), ("prompt_logprobs", answer.prompt_logprobs)):
+            facts |= {} if places is None else {key: [_plain(place) for place in places]}
+        return Completion(
+            list(live.request.prompt_ids),
+            decoding.token_ids,
+            text,
+            live.finish_reason or "error",
+            facts,
+            answer.index,
+            decoding.stop_reason,
+            logprobs,
+            answer.prompt_logprobs,
+        )
 
     def _abandon(self, rids: Sequence[str]) -> None:
         """Whatever is still under way of these is cancelled, and gone when this returns."""
@@ -234,6 +280,11 @@ class LLM:
             if segment.kind == "prefill":
                 (t0, t1), done = segment.tok, min(stop.layer + (stop.level == "layer"), layers) / layers
                 self._progress(Progress("prefill", t0 + (t1 - t0) * done, live.num_prompt, live.rid))
+
+
+def _plain(place: Logprobs | None) -> dict[str, Any] | None:
+    """Log-probabilities of one place as JSON has them."""
+    return None if place is None else {str(token): asdict(entry) for token, entry in place.items()}
 
 
 def _is_ids(prompts: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,45 @@ def test_same_seed_same_tokens_whatever_else_runs(llm: LLM) -> None:
     assert among[1].token_ids == alone != llm.generate("Once", SamplingParams(max_tokens=12, temperature=1.0, seed=12))
 
 
+def test_n_answers_share_one_prompt(llm: LLM) -> None:
+    prompt, params = list(range(400, 530)), SamplingParams(max_tokens=5, temperature=1.0, seed=3, n=3, ignore_eos=True)
+    (first, second, third), last = llm.generate(prompt, params), llm.generate(prompt, replace(params, n=1, seed=5))[0]
+    assert [o.index for o in (first, second, third)] == [0, 1, 2]
+    assert [o.report["cached_tokens"] for o in (first, second, third)] == [0, 128, 128]
+    assert second.token_ids != third.token_ids == last.token_ids, "answer 2 draws with seed + 2"
+    assert second.report["ttft_s"] > first.report["ttft_s"], "they were asked for at the same time"
+    chunks = list(llm.stream(prompt, params))
+    assert [c.index for c in chunks] == sorted(c.index for c in chunks)
+    for i, whole in enumerate((first, second, third)):
+        assert "".join(c.text for c in chunks if c.index == i) == whole.text
+    assert is_empty(llm)
+
+
+def test_stops_and_logprobs_reach_the_reader(llm: LLM) -> None:
+    ask = [{"role": "user", "content": "What is the capital of France?"}]
+    params = SamplingParams(max_tokens=20, stop=[" is P", "zebra"], logprobs=2, prompt_logprobs=0)
+    (out,) = llm.chat(ask, params)
+    assert (out.text, out.finish_reason, out.stop_reason) == ("The capital of France", "stop", " is P")
+    assert out.logprobs is not None and len(out.logprobs) == len(out.token_ids) == out.report["completion_tokens"]
+    greedy = [min(place, key=lambda t: place[t].rank) for place in out.logprobs]
+    assert greedy == out.token_ids and out.logprobs[0][out.token_ids[0]].decoded_token == "The"
+    assert out.prompt_logprobs is not None and out.prompt_logprobs[0] is None
+    assert [next(iter(place or [i])) for i, place in zip(out.prompt_ids, out.prompt_logprobs)] == out.prompt_ids
+    assert json.loads(json.dumps(out.report))["logprobs"][0][str(out.token_ids[0])]["rank"] == 1
+    shown = [chunk.text for chunk in llm.stream(ask, params)]
+    assert "".join(shown) == out.text
+
+
+def test_json_of_a_schema(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}, "people": {"type": "integer"}}}
+    schema |= {"required": ["city", "people"]}
+    ask = [{"role": "user", "content": "The capital of France, as JSON."}]
+    plain = SamplingParams(max_tokens=9)
+    (out, beside) = llm.chat([ask, ask], [SamplingParams(max_tokens=80, json_schema=schema), plain])
+    assert set(json.loads(out.text)) == {"city", "people"} and out.finish_reason == "stop"
+    assert beside.token_ids == llm.chat(ask, plain)[0].token_ids
+
+
 def test_an_interrupt_leaves_an_engine_that_works(llm: LLM) -> None:
     calls = 0
 
@@ -142,6 +183,10 @@ def test_a_closed_model_says_so(smollm2_path: Path) -> None:
     [
         (lambda llm: llm.generate(""), "empty"),
         (lambda llm: llm.generate([[]]), "empty"),
+        (lambda llm: llm.generate("x", SamplingParams(stop_token_ids=[49152])), "token id 49152"),
+        (lambda llm: llm.generate("x", SamplingParams(logit_bias={10**6: 1})), "token id 1000000"),
+        (lambda llm: llm.generate("x", SamplingParams(regex="(")), "regex can't be used"),
+        (lambda llm: llm.generate("x", SamplingParams(json_schema="{")), "json_schema is no JSON"),
         (lambda llm: llm.generate([5] * 3000), "3000 tokens.*2047"),
         (lambda llm: llm.generate([99999999]), "vocabulary"),
         (lambda llm: llm.generate(["a", "b"], [SHORT]), "2 prompts came with 1"),

@@ -115,14 +115,65 @@ def test_every_setting_has_a_flag_that_reaches_the_engine(llm: type[FakeLLM]) ->
         name = f"--{flag.name.replace('_', '-')}"
         if flag.kind == bool | None:
             line, wanted[flag.name] = [*line, name], True
+        elif flag.name == "logit_bias":
+            line, wanted[flag.name] = [*line, name, "7=-2.5", name, "9=1"], {7: -2.5, 9: 1.0}
+        elif flag.kind == list[int]:
+            line, wanted[flag.name] = [*line, name, "7", name, "9"], [7, 9]
         elif flag.kind == list[str]:
             line, wanted[flag.name] = [*line, name, "a:x=1", name, "b"], ["a:x=1", "b"]
+        elif flag.name in ("regex", "grammar", "json_schema", "min_tokens"):
+            wanted[flag.name] = getattr(SamplingParams(), flag.name)  # see below: they contradict one another
         else:
             text = texts.get(flag.name, "1")
             line, wanted[flag.name] = [*line, name, text], text if flag.kind == str | None else 1
     assert call(line) == 0
     assert {f.name: llm.seen[f.name] for f in fields(Options)} == {f.name: wanted[f.name] for f in fields(Options)}
     assert llm.seen["params"] == SamplingParams(**{f.name: wanted[f.name] for f in fields(SamplingParams)})
+
+
+def test_flags_that_contradict_others_reach_the_engine_too(llm: type[FakeLLM]) -> None:
+    for key, text in {"json_schema": "{}", "regex": "a+", "grammar": "root ::= [a]"}.items():
+        assert call(["run", "m", "-p", "hi", f"--{key.replace('_', '-')}", text]) == 0
+        assert llm.seen["params"] == SamplingParams(**{key: text})
+    assert call(["run", "m", "-p", "hi", "--min-tokens", "3"]) == 0
+    assert llm.seen["params"] == SamplingParams(min_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--min-tokens", "9", "--max-tokens", "3"], "min_tokens=9 is more than max_tokens=3"),
+        (["--logit-bias", "cat=3"], "17=-2.5"),
+        (["--regex", "a", "--grammar", "b"], "regex and grammar"),
+        (["--stop", ""], "stop"),
+        (["--stop-token-ids", "x"], "integer"),
+    ],
+)
+def test_contradictory_sampling_is_one_line(
+    llm: type[FakeLLM], capsys: pytest.CaptureFixture[str], line: list[str], says: str
+) -> None:
+    assert call(["run", "m", "-p", "hi", *line]) == 2
+    told = capsys.readouterr().err
+    assert says in told and told.count("\n") == 1
+
+
+def test_several_answers_are_told_apart(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    """Their texts one after the other; in JSON the first, and all of them under `choices`."""
+    reports = [REPORT | {"text": text, "index": i, "stop_reason": None} for i, text in enumerate(("one", "two"))]
+
+    def stream(self: FakeLLM, prompt: Any, params: SamplingParams) -> Iterator[Any]:
+        for report in reports:
+            yield types.SimpleNamespace(text=report["text"], completion=None)
+            yield types.SimpleNamespace(text="", completion=Completion([1], [2], "", "stop", dict(report)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "stream", stream)
+        assert call(["run", "m", "-p", "hi", "--n", "2", "--temperature", "1"]) == 0
+        assert capsys.readouterr().out == "one\n---\ntwo\n"
+        assert call(["run", "m", "-p", "hi", "--n", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["text"] == "one" and [(c["index"], c["text"]) for c in told["choices"]] == [(0, "one"), (1, "two")]
 
 
 def test_what_is_not_given_keeps_the_records_default(llm: type[FakeLLM]) -> None:

@@ -105,8 +105,8 @@ def _flag(field: Field[Any], hint: Any, cls: type) -> Flag:
 def _kind(hint: Any) -> Any:
     """The type that typer reads for a field's type; the record itself checks the value."""
     options = [h for h in _members(hint) if h is not type(None)]
-    if typing.get_origin(options[0]) is Sequence:
-        return list[str]
+    if typing.get_origin(options[0]) in (Sequence, Mapping):
+        return list[int] if typing.get_args(options[0]) == (int,) else list[str]
     plain = next((h for h in options if h in (bool, int, float)), str)
     return plain | None
 

@@ -66,15 +66,25 @@ def answer(model: str, prompt: Any, sampling: SamplingParams, options: Options, 
 
 
 def _print_stream(stream: Iterable[Any], bars: Bars, quiet: bool) -> Completion:
-    completion: Completion | None = None
+    """The first answer. Where there are several, its report has all of them under `choices`, as OpenAI's API does."""
+    completions: list[Completion] = []
+    between = ""
     for chunk in stream:
-        completion = chunk.completion
         if chunk.text and not quiet:
             bars.close()
-            sys.stdout.write(chunk.text)
+            sys.stdout.write(between + chunk.text)
             sys.stdout.flush()
-    assert completion is not None
-    return completion
+            between = ""
+        if chunk.completion is not None:
+            completions.append(chunk.completion)
+            between += "\n---\n"
+    first = completions[0]
+    if len(completions) > 1:
+        first.report["choices"] = [{key: c.report[key] for key in _CHOICE if key in c.report} for c in completions]
+    return first
+
+
+_CHOICE = ("index", "text", "token_ids", "finish_reason", "stop_reason", "logprobs")
 
 
 def _conclude(report: dict[str, Any], as_json: bool) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from firstlight.core.errors import UserError
 
@@ -12,45 +15,166 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+MAX_LOGPROBS = 20
+"""Tokens a place whose probabilities can be asked for."""
+_MAX_BIAS = 100.0
+
+
+def _opt(default: Any, doc: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "metavar": metavar})
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to pick tokens. Temperature 0 is greedy."""
+    """How to pick tokens, and when to stop. Temperature 0 is greedy; names and meanings are vLLM's and OpenAI's.
 
-    max_tokens: int = field(default=256, metadata={"doc": "tokens to generate at most"})
-    temperature: float = field(default=0.0, metadata={"doc": "0 is greedy; higher is more random"})
-    top_k: int = field(default=0, metadata={"doc": "sample from the k likeliest tokens only; 0 is all"})
-    top_p: float = field(default=1.0, metadata={"doc": "sample from the likeliest tokens that hold this mass"})
-    seed: int | None = field(default=None, metadata={"doc": "same seed, same output, whatever else runs"})
-    ignore_eos: bool = field(default=False, metadata={"doc": "go on past the model's end token"})
+    The order: grammar, `logit_bias` and `min_tokens`, repetition, frequency and presence penalties, temperature,
+    `min_p`, `top_k`, `top_p`. Each filter renormalises what the ones before it left. Raises UserError on values that
+    can't be.
+    """
+
+    max_tokens: int = _opt(256, "tokens to generate at most")
+    min_tokens: int = _opt(0, "before so many tokens nothing ends the answer")
+    temperature: float = _opt(0.0, "0 is greedy; higher is more random")
+    top_k: int = _opt(0, "sample from the k likeliest tokens only; 0 is all")
+    top_p: float = _opt(1.0, "sample from the likeliest tokens that hold this mass")
+    min_p: float = _opt(0.0, "leave out tokens less likely than this share of the likeliest one")
+    repetition_penalty: float = _opt(1.0, "above 1 makes tokens of the prompt and the answer less likely")
+    presence_penalty: float = _opt(0.0, "taken from the logit of each token that the answer has")
+    frequency_penalty: float = _opt(0.0, "taken from the logit of a token, times how often the answer has it")
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict,
+        hash=False,
+        metadata={"doc": "add to a token's logit, -100 to 100 (repeatable)", "metavar": "TOKEN=BIAS"},
+    )
+    seed: int | None = _opt(None, "same seed, same output, whatever else runs")
+    n: int = _opt(1, "answers to one prompt; with a seed, answer i draws with seed + i")
+    stop: Sequence[str] = _opt((), "end before this text, which is left out (repeatable)", "TEXT")
+    stop_token_ids: Sequence[int] = _opt((), "end at this token too, not only at the model's own (repeatable)", "TOKEN")
+    ignore_eos: bool = _opt(False, "go on past the model's end token")
+    logprobs: int | None = _opt(None, "give each token's log-probability, and those of so many likeliest ones")
+    prompt_logprobs: int | None = _opt(None, "the same for the prompt's tokens")
+    json_schema: str | Mapping[str, Any] | None = _opt(None, "the answer is JSON of this schema", "SCHEMA")
+    regex: str | None = _opt(None, "the answer matches this regular expression", "REGEX")
+    grammar: str | None = _opt(None, "the answer is a `root` of this grammar, written in EBNF as for llama.cpp", "EBNF")
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_tokens": self.max_tokens >= 1,
-            "temperature": 0.0 <= self.temperature <= 100.0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0.0 < self.top_p <= 1.0,
-        }
-        for key, fine in checks.items():
-            if not fine:
-                raise UserError(f"{key}={getattr(self, key)} is out of range; {_RANGES[key]}")
+        for key, value in _normal(self).items():
+            object.__setattr__(self, key, value)
+        for key, (kind, fine, cure) in _RANGES.items():
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, kind) and fine(value)):
+                raise UserError(f"{key}={value!r} is out of range; {cure}")
+        if self.min_tokens > self.max_tokens:
+            raise UserError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; change one of them"
+            )
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        given = [key for key in ("json_schema", "regex", "grammar") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} both say what the answer is; leave one out")
+        for key in given:
+            if not isinstance(getattr(self, key), str) or not getattr(self, key).strip():
+                raise UserError(f"{key} is empty or no text; give one, or leave it out")
+        for key in ("ignore_eos", "min_tokens") if given else ():
+            if getattr(self, key):
+                raise UserError(f"{key} and {given[0]} both decide where the answer ends; leave one out")
 
 
-_RANGES = {
-    "max_tokens": "give 1 or more",
-    "temperature": "give 0 (greedy) to 100",
-    "top_k": "give 0 (all tokens) or more",
-    "top_p": "give more than 0 and at most 1",
+def _normal(params: SamplingParams) -> dict[str, Any]:
+    """Collections in one form each, whatever form they came in."""
+    schema = params.json_schema
+    try:
+        made = {"json_schema": json.dumps(schema) if isinstance(schema, Mapping) else schema}
+    except (TypeError, ValueError, RecursionError):
+        raise UserError("json_schema holds what JSON can't say; give a schema of plain values") from None
+    return made | {
+        "stop": _stops(params.stop),
+        "stop_token_ids": _token_ids(params.stop_token_ids),
+        "logit_bias": _biases(params.logit_bias),
+    }
+
+
+def _stops(given: Any) -> tuple[str, ...]:
+    stops = [given] if isinstance(given, str) else _listed("stop", given)
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise UserError("stop holds an empty text, which is everywhere; leave it out")
+    return tuple(stops)
+
+
+def _listed(key: str, given: Any) -> list[Any]:
+    try:
+        return list(given if given is not None else ())
+    except TypeError:
+        raise UserError(f"{key}={given!r} is no list; give a list") from None
+
+
+def _token_ids(given: Any) -> tuple[int, ...]:
+    ids = _listed("stop_token_ids", given)
+    if not all(isinstance(token, Integral) and int(token) >= 0 for token in ids):
+        raise UserError(f"stop_token_ids={ids!r} are no token ids; give whole numbers from 0 on")
+    return tuple(int(token) for token in ids)
+
+
+def _biases(given: Any) -> dict[int, float]:
+    """A mapping as OpenAI's API has it (its keys are texts there), or texts like `17=-2.5`."""
+    texts = () if isinstance(given, Mapping) else _listed("logit_bias", given)
+    pairs = given.items() if isinstance(given, Mapping) else [str(text).split("=", 1) for text in texts]
+    try:
+        made = {int(token): float(bias) for token, bias in pairs}
+    except (TypeError, ValueError):
+        raise UserError("can't read logit_bias; write it like 17=-2.5, a token id and a number") from None
+    for token, bias in made.items():
+        if token < 0 or not abs(bias) <= _MAX_BIAS:
+            raise UserError(f"logit_bias {token}={bias:g} is out of range; give token ids and -100 to 100")
+    return made
+
+
+_RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_tokens": (Integral, lambda v: v >= 1, "give 1 or more"),
+    "min_tokens": (Integral, lambda v: v >= 0, "give 0 or more"),
+    "temperature": (Real, lambda v: 0 <= v <= 100, "give 0 (greedy) to 100"),
+    "top_k": (Integral, lambda v: v >= -1, "give 0 (all tokens) or more"),
+    "top_p": (Real, lambda v: 0 < v <= 1, "give more than 0 and at most 1"),
+    "min_p": (Real, lambda v: 0 <= v <= 1, "give 0 to 1"),
+    "repetition_penalty": (Real, lambda v: 0 < v < math.inf, "give more than 0; 1 is none"),
+    "presence_penalty": (Real, lambda v: -2 <= v <= 2, "give -2 to 2"),
+    "frequency_penalty": (Real, lambda v: -2 <= v <= 2, "give -2 to 2"),
+    "seed": (Integral, lambda v: True, "give a whole number"),
+    "n": (Integral, lambda v: 1 <= v <= 128, "give 1 to 128"),
+    "logprobs": (Integral, lambda v: 0 <= v <= MAX_LOGPROBS, f"give 0 to {MAX_LOGPROBS}"),
+    "prompt_logprobs": (Integral, lambda v: 0 <= v <= MAX_LOGPROBS, f"give 0 to {MAX_LOGPROBS}"),
 }
 
 LogitsSink = Callable[["Tensor", "Tensor"], None]
 """(i64 [n] ordinals, f32 [n, vocabulary] logits), called block by block."""
 
 
+class TextStream(Protocol):
+    """Token ids to text as they come."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that is certain now, maybe empty."""
+
+    def flush(self) -> str:
+        """What was still uncertain at the end."""
+
+
+class Structure(Protocol):
+    """What one answer may still become under its grammar."""
+
+    def fill(self, mask: Tensor, row: int) -> None:
+        """Sets the bits of the tokens that may come next in a row of i32 [rows, ceil(vocabulary / 32)]."""
+
+    def accept(self, token: int) -> None:
+        """The next token, one of those that were allowed."""
+
+
 @dataclass(slots=True)
 class Request:
-    """One prompt on its way through the engine."""
+    """One prompt on its way through the engine, to one answer."""
 
     rid: str
     prompt_ids: Sequence[int]
@@ -62,6 +186,27 @@ class Request:
     logits_at: Sequence[int] | Literal["all"] | None = None
     """Prompt ordinals whose logits `logits_sink` wants; the last row is always computed."""
     logits_sink: LogitsSink | None = None
+    recompute_cached: bool = False
+    """Compute all prompt rows, those too whose cells are cached: their logits are not."""
+    text: TextStream | None = None
+    """Makes the text of the outputs. Stop strings need it."""
+    structure: Structure | None = None
+    after: str | None = None
+    """A request of the same prompt. Where prefixes are cached this one waits until that one is prefilled or gone."""
+
+
+@dataclass(slots=True)
+class Logprob:
+    """One token's place in the model's own distribution, before penalties, filters and temperature."""
+
+    logprob: float
+    rank: int
+    """1 = the likeliest."""
+    decoded_token: str = ""
+
+
+Logprobs = dict[int, Logprob]
+"""Of one place: the token that stands there, then the likeliest ones that were asked for, by rank."""
 
 
 @dataclass(slots=True)
@@ -72,6 +217,9 @@ class TokenOutput:
     new_ids: list[int]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    text: str = ""
+    """What is certain of the answer's text now: no half character, nothing that may become a stop string."""
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass(slots=True)
@@ -84,3 +232,10 @@ class Completion:
     finish_reason: FinishReason
     report: dict[str, Any] = field(default_factory=dict)
     """The JSON that `firstlight run --json` prints."""
+    index: int = 0
+    """Which of the prompt's `n` answers."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended it; None for the model's own end tokens."""
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    """None where nothing was computed: for the first token, and behind rows that a method left out."""

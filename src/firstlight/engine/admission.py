@@ -61,7 +61,7 @@ class Admission:
             raise UserError(f"the prompt's KV needs {lack}, the pool has {have}; give more with --kv-memory")
         layers = self.config.num_layers
         kv = RequestKV(self.pool, layers, self.config.blocks_per_column // layers)
-        return LiveRequest(request, kv, layers, self.parts)
+        return LiveRequest(request, kv, layers, self.parts, self.limits.seed)
 
     def arrival(self, live: LiveRequest) -> Arrival:
         """What the policy is told of a new request."""
@@ -101,7 +101,8 @@ class Admission:
             return False
         if held < most:
             live.miss_reason = f"no room for more than {held} cached tokens beside what is new"
-        live.held, live.n_cached = held, max(0, min(held, live.num_prompt - max(1, self._last_rows)))
+        reusable = 0 if live.request.recompute_cached else live.num_prompt - max(1, self._last_rows)
+        live.held, live.n_cached = held, max(0, min(held, reusable))
         live.f = [live.n_cached] * len(live.f)
         if not live.stamps.first_unit:  # once it runs, admissions after a preemption are no wait for a first row
             live.stamps.reuse_s += time.perf_counter() - began

@@ -26,7 +26,7 @@ from firstlight.core.registry import Part
 from firstlight.core.request import Request, TokenOutput
 from firstlight.core.schedule import Event, Plan, Policy, Segment, WorkUnit, legal
 from firstlight.core.view import View, ViewConfig
-from firstlight.decode.sampling import die, sample
+from firstlight.decode.sampling import sample
 from firstlight.engine.admission import Admission, Limits
 from firstlight.engine.eventlog import EventLog
 from firstlight.engine.forward import Machine, Pass, Stop
@@ -70,6 +70,8 @@ class Engine:
         """Time spent deciding, not computing."""
         self._origin = time.perf_counter()
         self._inbox: deque[Event] = deque()
+        self._held: dict[str, told.Arrival] = {}
+        """Requests that wait for the prompt of another; the policy doesn't know them yet."""
         self._lives: dict[str, LiveRequest] = {}
         self._queue: deque[LiveUnit] = deque()
         self._yielded: dict[int, LiveUnit] = {}
@@ -89,7 +91,10 @@ class Engine:
         assert request.rid not in self._lives, f"a request {request.rid!r} is under way"
         live = self.admission.open(request)
         self._lives[request.rid] = live
-        self._inbox.append(self.admission.arrival(live))
+        self._held[live.rid] = self.admission.arrival(live)
+        leader = self._lives.get(request.after or "")
+        if self.cache is None or leader is None or leader.stamps.prefilled:
+            self._enter(live.rid)
         return live
 
     def is_live(self, rid: str) -> bool:
@@ -99,6 +104,7 @@ class Engine:
     def cancel(self, rid: str) -> None:
         """Stop a request at the next slice; unknown or finished ones are ignored."""
         if rid in self._lives:
+            self._enter(rid)
             self._inbox.append(told.Cancel(rid))
 
     def step(self) -> list[TokenOutput]:
@@ -178,6 +184,16 @@ class Engine:
     def _account(self) -> dict[str, Any]:
         return {"free_blocks": self.pool.available, "parked_bytes": self.machine.park.nbytes}
 
+    def _enter(self, rid: str) -> None:
+        """A request arrives, if it hasn't yet. From any thread."""
+        if (arrival := self._held.pop(rid, None)) is not None:
+            self._inbox.append(arrival)
+
+    def _enter_after(self, leader: str) -> None:
+        """Whoever waited for a prompt arrives."""
+        for rid in [rid for rid in list(self._held) if self._lives[rid].request.after == leader]:
+            self._enter(rid)
+
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def _admit(self, live: LiveRequest) -> None:
@@ -229,7 +245,7 @@ class Engine:
     def _gone(self, live: LiveRequest) -> None:
         """A cancelled request leaves."""
         self._forget(live)
-        self._outputs.append(TokenOutput(live.rid, [], live.finish_reason))
+        self._outputs.append(live.decoding.output(live.finish_reason))
         self._inbox.append(told.Cancelled(rid=live.rid, **self._account()))
 
     def _forget(self, live: LiveRequest) -> None:
@@ -238,6 +254,8 @@ class Engine:
         live.kv.release()
         self.machine.park.drop(live.rid)
         self._lives.pop(live.rid, None)
+        self._held.pop(live.rid, None)
+        self._enter_after(live.rid)
 
     # --- units --------------------------------------------------------------------------------------------------------
 
@@ -315,6 +333,7 @@ class Engine:
             if not live.stamps.prefilled and live.f[-1] >= live.num_prompt:
                 live.stamps.prefilled = prefilled
                 self.admission.publish_prompt(live)
+                self._enter_after(live.rid)
         sampled = self._sample([live for live in lives if live.rid in live_unit.work.logits], live_unit.work)
         finished = [live for live in lives if live.finish_reason and not live.cancelled]
         for live in finished:
@@ -342,23 +361,18 @@ class Engine:
         lives = [live for live in lives if not live.cancelled]
         if not lives:
             return {}
-        params = [live.request.sampling for live in lives]
-        seeds = [f"{self.limits.seed}:{live.rid}" if p.seed is None else p.seed for live, p in zip(lives, params)]
-        dice = [die(seed, live.num_known) for seed, live in zip(seeds, lives)]
         logits = torch.stack([work.logits[live.rid] for live in lives])
-        for live, token in zip(lives, sample(logits, params, dice)):
+        for live, token in zip(lives, sample(logits, [live.decoding for live in lives])):
             self._append(live, token)
         return {live.rid: 1 for live in lives}
 
     def _append(self, live: LiveRequest, token: int) -> None:
         live.ids.append(token)
         live.stamps.first_token = live.stamps.first_token or time.perf_counter()
-        request = live.request
-        if token in request.eos_ids and not request.sampling.ignore_eos:
-            live.finish_reason = "stop"
-        elif live.num_generated >= request.sampling.max_tokens or live.num_known >= self.admission.longest():
+        live.finish_reason = live.decoding.take(token)
+        if live.finish_reason is None and live.num_known >= self.admission.longest():
             live.finish_reason = "length"
-        self._outputs.append(TokenOutput(live.rid, [token], live.finish_reason))
+        self._outputs.append(live.decoding.output(live.finish_reason))
 
     def _grow(self, live: LiveRequest) -> int:
         """Blocks that the next token's row takes beyond what is reserved."""

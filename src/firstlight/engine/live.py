@@ -14,6 +14,7 @@ from firstlight.core.attn import Planner
 from firstlight.core.parts import PartContext, Retention, RowPolicy
 from firstlight.core.registry import Part
 from firstlight.core.request import FinishReason, Request
+from firstlight.decode.state import Decoding
 from firstlight.kernels.contract import AttnStats
 
 
@@ -32,10 +33,11 @@ class Stamps:
 class LiveRequest:
     """State of one request from arrival to end."""
 
-    def __init__(self, request: Request, kv: RequestKV, num_layers: int, parts: Sequence[Part]) -> None:
+    def __init__(self, request: Request, kv: RequestKV, num_layers: int, parts: Sequence[Part], seed: int) -> None:
         self.request, self.rid, self.kv = request, request.rid, kv
         self.ids = list(request.prompt_ids)
         self.num_prompt = len(self.ids)
+        self.decoding = Decoding(request, seed)
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
         self.stamps = Stamps()
