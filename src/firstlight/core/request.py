@@ -46,6 +46,8 @@ _RANGES = {
 
 LogitsSink = Callable[["Tensor", "Tensor"], None]
 """(i64 [n] ordinals, f32 [n, vocabulary] logits), called block by block."""
+Chooser = Callable[[Sequence[int], "Tensor"], int]
+"""(ids generated so far, f32 [vocabulary] logits) -> the next id."""
 
 
 @dataclass(slots=True)
@@ -62,6 +64,8 @@ class Request:
     logits_at: Sequence[int] | Literal["all"] | None = None
     """Prompt ordinals whose logits `logits_sink` wants; the last row is always computed."""
     logits_sink: LogitsSink | None = None
+    choose: Chooser | None = None
+    """Picks generated tokens in the place of sampling: a given text word for word, or another speaker's turn."""
 
 
 @dataclass(slots=True)

@@ -346,8 +346,9 @@ class Engine:
         seeds = [f"{self.limits.seed}:{live.rid}" if p.seed is None else p.seed for live, p in zip(lives, params)]
         dice = [die(seed, live.num_known) for seed, live in zip(seeds, lives)]
         logits = torch.stack([work.logits[live.rid] for live in lives])
-        for live, token in zip(lives, sample(logits, params, dice)):
-            self._append(live, token)
+        for live, row, token in zip(lives, logits, sample(logits, params, dice)):
+            choose = live.request.choose
+            self._append(live, choose(live.ids[live.num_prompt :], row) if choose else token)
         return {live.rid: 1 for live in lives}
 
     def _append(self, live: LiveRequest, token: int) -> None:
