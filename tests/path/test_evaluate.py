@@ -70,13 +70,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield str(save_tiny(tmp_path_factory.mktemp("tiny")))
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results") / "results.jsonl"
+
+
 @pytest.fixture
-def measured(model: str) -> Callable[..., dict[tuple[str, str], dict[str, Any]]]:
+def measured(model: str, results: Path) -> Callable[..., dict[tuple[str, str], dict[str, Any]]]:
     """Rows of the settings asked for (dense's are under `dense`), by task and place."""
 
     def measure(*method: str, names: str = "agreement,perplexity", **options: Any) -> Any:
         given = Options(**{"method": method, "precision": "f32", "threads": 1, **options})
-        found = evaluate(model, given, Grid(names.split(","), [LENGTH]))["rows"]
+        found = evaluate(model, given, Grid(names.split(","), [LENGTH]), out=results)["rows"]
         own = {(r["task"], r["at"]): r for r in found if r["name"] == grid.name_of(given)}
         dense = {(r["task"], r["at"]): r for r in found if r["name"] == "dense, bf16"}
         return {**own, "dense": dense}
@@ -188,9 +193,9 @@ def test_an_interrupt_keeps_what_is_finished(model: str, tmp_path: Path, monkeyp
     assert out.read_text().count("\n") == 2
 
 
-def test_json_and_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_table(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["eval", model, "--tasks", "agreement,perplexity,niah_single_1", "--lengths", "1024", "--samples", "1"]
-    line += ["--method", "band:window=64", "--threads", "1"]
+    line += ["--method", "band:window=64", "--threads", "1", "--out", str(tmp_path / "results.jsonl")]
     assert call([*line, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"machine", "model", "rows", "texts"} <= found.keys() and len(found["texts"]) == 3

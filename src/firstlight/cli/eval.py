@@ -18,7 +18,6 @@ from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
 
-
 _BESIDE = {"agreement": "KL", "perplexity": "gain kept"}
 """What a table shows beside a task's score."""
 

@@ -95,13 +95,14 @@ def evaluate(
 
     Raises UserError on settings or lengths that cannot be, before anything is run.
     """
+    records = Records(out)
     make_parts(options.methods)
     checkpoint = open_checkpoint(resolve(model))
     cells = grid.all_cells()
     _check_context(cells, min(options.max_model_len or checkpoint.config.max_context, checkpoint.config.max_context))
     tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
     prepared = {cell: prepare(tokenizer, cell, options.seed) for cell in cells}
-    records, references = Records(out), References(checkpoint.digest)
+    references = References(checkpoint.digest)
     asked, dense = (Subject(model, o, checkpoint.digest, records) for o in (options, dense_of(options)))
     _refer(model, options, [p for p in prepared.values() if isinstance(p, Excerpt)], references, progress, tell)
     subjects = [dense] if asked.options == dense.options else [dense, asked]

@@ -7,6 +7,7 @@ left in the cache, so they see the damage done to K and V.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,12 +83,17 @@ def excerpt(tokenizer: Tokenizer, length: int, index: int) -> Excerpt:
     if length < WINDOW:
         raise UserError(f"{length} tokens are too few to read; give --lengths {WINDOW} or more")
     book, bos = BOOKS[index % len(BOOKS)], tokenizer.bos_ids
-    ids, need = tokenizer.encode(text_of(book)), length - len(bos) + CONTINUATION + 1
+    ids, need = _book_ids(tokenizer, book), length - len(bos) + CONTINUATION + 1
     start = index // len(BOOKS) * need
     if start + need > len(ids):
         most = len(BOOKS) * (len(ids) // need)
         raise UserError(f"the books hold {most} excerpts of {length} tokens; give fewer --samples or less --lengths")
     return Excerpt(book, [*bos, *ids[start : start + need]], length, len(bos))
+
+
+@functools.lru_cache(len(BOOKS))
+def _book_ids(tokenizer: Tokenizer, book: str) -> list[int]:
+    return tokenizer.encode(text_of(book))
 
 
 def compare(engine: Engine, what: Excerpt, reference: Reference, probe_rows: int) -> dict[str, Any]:
