@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from firstlight.core.config import Options
 from firstlight.engine.build import build_engine
@@ -48,3 +50,24 @@ def tiny_engine(**options: Any) -> Engine:
     given = Options(**({"precision": "f32", "max_num_seqs": 8} | options))
     dtype = torch.float32 if given.precision == "f32" else torch.bfloat16
     return build_engine(tiny_config(), tiny_weights(dtype), given, "tiny")
+
+
+def save_tiny(folder: Path, num_layers: int = 2) -> Path:
+    """A random llama as a folder of files, with a tokenizer of bytes and a context of 2,048 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # slow to load
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": num_layers, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=256, max_position_embeddings=2048)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    bytes_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """One token a byte."""
+    alphabet = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from firstlight import LLM, SamplingParams
 from firstlight.cli import docs
 from firstlight.cli.main import call
 from firstlight.core import registry
 from firstlight.core.errors import UserError
+from tests.tiny import save_tiny
 
 PAGE = (docs.checkout() / "CONTRIBUTING.md").read_text("utf-8")
 PROMPT = [7 * n % 251 for n in range(700)]
@@ -52,20 +51,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of three layers with a tokenizer of bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=256, max_position_embeddings=2048)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny"), LAYERS)
 
 
 def answer(model: Path, *methods: str, schedule: str = "sarathi") -> dict:

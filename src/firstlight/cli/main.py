@@ -31,6 +31,7 @@ class Verb(NamedTuple):
 VERBS = {
     "run": Verb("firstlight.cli.run:run", "Answer a prompt, with documents before it."),
     "bench": Verb("firstlight.cli.bench:app", "Measure time to first token and decode speed."),
+    "eval": Verb("firstlight.cli.eval:evaluate", "Measure what a setting does to quality."),
     "models": Verb("firstlight.cli.models:app", "List, fetch and describe models."),
     "methods": Verb("firstlight.cli.methods:app", "List and describe methods and schedules."),
     "simulate": Verb("firstlight.cli.simulate:simulate", "Replay the event log of a run."),

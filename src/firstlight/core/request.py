@@ -150,6 +150,8 @@ _RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 
 LogitsSink = Callable[["Tensor", "Tensor"], None]
 """(i64 [n] ordinals, f32 [n, vocabulary] logits), called block by block."""
+Chooser = Callable[[Sequence[int], "Tensor"], int]
+"""(ids generated so far, f32 [vocabulary] logits) -> the next id."""
 
 
 class TextStream(Protocol):
@@ -193,6 +195,8 @@ class Request:
     structure: Structure | None = None
     after: str | None = None
     """A request of the same prompt. Where prefixes are cached this one waits until that one is prefilled or gone."""
+    choose: Chooser | None = None
+    """Picks generated tokens in the place of sampling: a given text word for word, or another speaker's turn."""
 
 
 @dataclass(slots=True)

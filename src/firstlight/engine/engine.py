@@ -362,8 +362,10 @@ class Engine:
         if not lives:
             return {}
         logits = torch.stack([work.logits[live.rid] for live in lives])
-        for live, token in zip(lives, sample(logits, [live.decoding for live in lives])):
-            self._append(live, token)
+        tokens = sample(logits, [live.decoding for live in lives])
+        for live, row, token in zip(lives, logits, tokens):
+            choose = live.request.choose
+            self._append(live, choose(live.ids[live.num_prompt :], row) if choose else token)
         return {live.rid: 1 for live in lives}
 
     def _append(self, live: LiveRequest, token: int) -> None:

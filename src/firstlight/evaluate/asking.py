@@ -1,0 +1,62 @@
+"""One request alone in the engine, with its logits: how every quality figure looks into a run."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from firstlight.core.request import Chooser, LogitsSink, Request, SamplingParams
+from firstlight.engine.engine import Engine
+from firstlight.engine.report import report
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of a request: its generated ids, its report, and its TTFT in seconds without our looking on."""
+
+    token_ids: list[int]
+    report: dict[str, Any]
+    ttft_s: float
+
+    def facts(self) -> dict[str, Any]:
+        """What every record holds of a run."""
+        density = self.report["attention"]["density"]
+        return {"ttft_s": self.ttft_s, "density": density, "methods": self.report["methods"]}
+
+
+def ask(
+    engine: Engine,
+    ids: Sequence[int],
+    choose: Chooser,
+    num_tokens: int,
+    logits_at: Sequence[int] = (),
+    sink: LogitsSink = lambda tok, logits: None,
+) -> Asked:
+    """Prefill `ids` and generate exactly `num_tokens` as `choose` says; the prompt rows `logits_at` go to `sink`."""
+    looked_s = 0.0
+
+    def timed(tok: Tensor, logits: Tensor) -> None:
+        nonlocal looked_s
+        began = time.perf_counter()
+        sink(tok, logits)
+        looked_s += time.perf_counter() - began
+
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    request = Request(f"eval-{next(_numbers)}", ids, sampling, logits_at=logits_at, logits_sink=timed, choose=choose)
+    live = engine.add(request)
+    while engine.is_live(request.rid):
+        engine.step()
+    facts = report(live, engine.parts)
+    return Asked(live.ids[live.num_prompt :], facts, facts["ttft_s"] - looked_s)
+
+
+def likeliest(generated: Sequence[int], logits: Tensor) -> int:
+    """The greedy chooser."""
+    return int(logits.argmax())
