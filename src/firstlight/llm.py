@@ -10,16 +10,16 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
-from firstlight.core.config import Options
 from firstlight.core.errors import UserError
 from firstlight.core.request import Completion, Request, SamplingParams, TokenOutput
+from firstlight.core.settings import gather_options
 from firstlight.engine.build import DTYPES, build_engine
 from firstlight.engine.forward import Pass, Stop
 from firstlight.engine.live import LiveRequest
@@ -69,7 +69,9 @@ class _Answer:
 
 
 class LLM:
-    """A model that answers prompts. Options are those of `firstlight run --help`, as keywords.
+    """A model that answers prompts. Options are the engine's of `firstlight run --help`, as keywords.
+
+    What no keyword says comes from `FIRSTLIGHT_*` variables, then from the settings file (`core/settings.py`).
 
     Raises UserError on a wrong model, option or prompt. One thread at a time; `close` frees everything.
     """
@@ -79,7 +81,7 @@ class LLM:
     ) -> None:
         began = time.perf_counter()
         self._progress = progress or (lambda _: None)
-        self.options = _options(options)
+        self.options = gather_options(options)
         if self.options.deterministic:
             cap_instruction_set()
         if self.options.threads:
@@ -237,14 +239,3 @@ class LLM:
 
 def _is_ids(prompts: Any) -> bool:
     return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
-
-
-def _options(given: dict[str, Any]) -> Options:
-    given = dict(given)
-    if "methods" in given:
-        given["method"] = given.pop("methods")
-    known = Options.__dataclass_fields__
-    for key in given:
-        if key not in known:
-            raise UserError(f"no option is called {key!r}; choose one of: {', '.join(known)}")
-    return replace(Options(), **given)

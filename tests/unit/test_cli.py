@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -109,6 +110,7 @@ def test_raw_prompt_and_system(llm: type[FakeLLM]) -> None:
 
 def test_every_setting_has_a_flag_that_reaches_the_engine(llm: type[FakeLLM]) -> None:
     texts = {"precision": "f32", "prefix_cache": "off", "kv_memory": "2GiB", "device": "cpu", "event_log": "log"}
+    texts["config"] = os.devnull
     wanted: dict[str, Any] = {}
     line = ["run", "m", "-p", "hi"]
     for flag in flags_of({"options": Options, "sampling": SamplingParams}):
@@ -127,7 +129,7 @@ def test_every_setting_has_a_flag_that_reaches_the_engine(llm: type[FakeLLM]) ->
 
 def test_what_is_not_given_keeps_the_records_default(llm: type[FakeLLM]) -> None:
     assert call(["run", "m", "-p", "hi"]) == 0
-    assert {f.name: llm.seen[f.name] for f in fields(Options)} == vars(Options())
+    assert {f.name: llm.seen[f.name] for f in fields(Options)} == vars(Options(config=os.devnull))
     assert llm.seen["params"] == SamplingParams()
 
 
