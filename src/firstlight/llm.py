@@ -39,9 +39,9 @@ Prompt = str | list[int]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far long work is: weights loaded (0..1), or prompt tokens through the model (layers count in parts)."""
+    """How far long work is: a model fetched or loaded (0..1), or prompt tokens through it (layers count in parts)."""
 
-    phase: Literal["load", "prefill", "decode"]
+    phase: Literal["fetch", "load", "prefill"]
     done: float
     total: float
     rid: str | None = None
@@ -86,7 +86,7 @@ class LLM:
             cap_instruction_set()
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
-        path = resolve(str(model))
+        path = resolve(str(model), progress=lambda share: self._progress(Progress("fetch", share, 1.0)))
         checkpoint = open_checkpoint(path)
         self.model_name, self.config = str(model), checkpoint.config
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)

@@ -12,9 +12,14 @@ from typing import Any, Literal
 
 import typer
 
+from firstlight.core import registry
 from firstlight.core.config import Options
 from firstlight.core.settings import gather_options
 
+_CHOICES: dict[str, Callable[[], Sequence[str]]] = {
+    "method": registry.names,
+    "schedule": lambda: registry.names(schedules=True),
+}
 _METAVARS: dict[Any, str] = {int | None: "N", float | None: "X", str | None: "TEXT"}
 
 
@@ -64,6 +69,15 @@ def with_flags(**records: type) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
+def complete_with(choices: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    """For the shell: those of some words that go on as the user began."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices() if choice.startswith(incomplete)]
+
+    return complete
+
+
 def panel_of(record: type) -> str:
     """The heading of a record's flags: the first sentence about it."""
     return (record.__doc__ or record.__name__).split(".")[0]
@@ -99,6 +113,7 @@ def _option(flag: Flag) -> Any:
         f"--{name}/--no-{name}" if has_no else f"--{name}",
         help=f"{flag.doc[:1].upper()}{flag.doc[1:]}{flag.default}.",
         metavar=flag.metavar,
+        autocompletion=complete_with(_CHOICES.get(flag.name) or (lambda: (flag.metavar or "").split("|"))),
         show_default=False,
         rich_help_panel=flag.panel,
     )
