@@ -155,7 +155,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["run", "m"], "the prompt is empty"),
+        (["run", "m", "--json"], "the prompt is empty"),
         (["run", "m", "-p", ""], "the prompt is empty"),
         (["run", "m", "-p", " \n"], "the prompt is empty"),
         (["run", "m", "-f", "nowhere.txt", "-p", "x"], "can't read nowhere.txt"),

@@ -53,6 +53,11 @@ def gather(prompt: str | None, documents: Sequence[str]) -> str:
     return text
 
 
+def wants_chat(prompt: str | None, documents: Sequence[str]) -> bool:
+    """Whether there is no prompt, but a person at a terminal who can be asked for one."""
+    return prompt is None and STDIN not in documents and sys.stdin is not None and sys.stdin.isatty()
+
+
 def as_messages(text: str, system: str | None) -> list[dict[str, str]]:
     """A chat of one user message, after a system message if there is one."""
     lead = [{"role": "system", "content": system}] if system is not None else []
