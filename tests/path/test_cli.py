@@ -94,6 +94,31 @@ def test_bench_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < row["mfu"] < 1.2 and row["decode_tok_s"] > 0 and row["rss_mb"] > 100
 
 
+def test_bench_throughput(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [
+        "bench",
+        "throughput",
+        model,
+        "--batch",
+        "3",
+        "--prompt-tokens",
+        "20,30,40",
+        "--tokens",
+        "3",
+        "--repeat",
+        "1",
+    ]
+    assert call([*line, "--json"]) == 0
+    alone, three = json.loads(capsys.readouterr().out)["rows"]
+    assert (alone["batch"], three["batch"]) == (1, 3) and alone["prompt_tokens"] == three["prompt_tokens"] == [
+        20,
+        30,
+        40,
+    ]
+    assert alone["gain"] == 1.0 and three["new_tok_s"] == pytest.approx(three["gain"] * alone["new_tok_s"])
+    assert three["settings"]["max_num_seqs"] == 3 and three["settings"]["max_model_len"] == 43
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -184,6 +184,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["methods", "show", "nothing"], "no method or schedule is called 'nothing'; choose one of: band"),
         (["bench", "ttft", "m", "--prompt-tokens", "many"], "can't read the lengths 'many'"),
         (["bench", "decode", "m", "--tokens", "1"], "tokens=1"),
+        (["bench", "throughput", "m", "--batch", "1,two"], "can't read the batch sizes '1,two'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Protocol
 
@@ -31,8 +31,8 @@ class Report(Protocol):
 class Bars:
     """Progress sinks that share one bar: it goes when its work is done or `close` is called."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: Console | None = None, *, phases: Collection[str] = tuple(_LABELS)) -> None:
+        self._console, self._phases = console or Console(stderr=True), phases
         self._began: dict[str, float] = {}
         self._shown = 0.0
         self._bar: Progress | None = None
@@ -45,8 +45,8 @@ class Bars:
         self.close()
 
     def __call__(self, report: Report) -> None:
-        """The sink of an `LLM`."""
-        if report.phase in _LABELS:
+        """The sink of an `LLM`. Phases that it wasn't made for show nothing."""
+        if report.phase in self._phases:
             self._tell(_LABELS[report.phase], report.done, report.total)
 
     def shares(self, label: str) -> Callable[[float], None]:
