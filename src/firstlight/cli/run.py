@@ -34,7 +34,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
 ) -> None:
-    """Answer a prompt, or chat if there is none and a terminal to type on.
+    """Answer a prompt, or chat if there is none and a terminal to type on; in the chat, /help lists its commands.
 
     Text on standard input is the prompt; beside -p it is one more document. Documents go before the prompt.
 
