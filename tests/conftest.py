@@ -11,11 +11,17 @@ from typing import NoReturn
 import pytest
 from hypothesis import settings
 
+from firstlight.core.settings import OTHER_VARIABLES, PREFIX
 from firstlight.kernels.dispatch import cap_instruction_set
 from firstlight.models.weights import hub
 
 # Laws are tested bit for bit, so AMX stays off, whose blocking follows row and thread counts (decision 0003).
 cap_instruction_set()
+
+# Nobody's own settings reach the tests.
+for _name in [name for name in os.environ if name.startswith(PREFIX) and name not in OTHER_VARIABLES]:
+    del os.environ[_name]
+os.environ["FIRSTLIGHT_CONFIG"] = os.devnull
 
 # `ci` finds the same examples every time; `long` is behind `make test-all`.
 settings.register_profile("ci", derandomize=True, deadline=None)

@@ -10,16 +10,16 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
-from firstlight.core.config import Options
 from firstlight.core.errors import UserError
 from firstlight.core.request import Completion, Logprobs, Request, SamplingParams, TokenOutput
+from firstlight.core.settings import gather_options
 from firstlight.decode.logprobs import watch_prompt
 from firstlight.decode.structured import Grammars
 from firstlight.engine.build import DTYPES, build_engine
@@ -41,9 +41,9 @@ Prompt = str | list[int]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far long work is: weights loaded (0..1), or prompt tokens through the model (layers count in parts)."""
+    """How far long work is: a model fetched or loaded (0..1), or prompt tokens through it (layers count in parts)."""
 
-    phase: Literal["load", "prefill", "decode"]
+    phase: Literal["fetch", "load", "prefill"]
     done: float
     total: float
     rid: str | None = None
@@ -75,7 +75,9 @@ class _Answer:
 
 
 class LLM:
-    """A model that answers prompts. Options are those of `firstlight run --help`, as keywords.
+    """A model that answers prompts. Options are the engine's of `firstlight run --help`, as keywords.
+
+    What no keyword says comes from `FIRSTLIGHT_*` variables, then from the settings file (`core/settings.py`).
 
     Raises UserError on a wrong model, option or prompt. One thread at a time; `close` frees everything.
     """
@@ -85,12 +87,12 @@ class LLM:
     ) -> None:
         began = time.perf_counter()
         self._progress = progress or (lambda _: None)
-        self.options = _options(options)
+        self.options = gather_options(options)
         if self.options.deterministic:
             cap_instruction_set()
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
-        path = resolve(str(model))
+        path = resolve(str(model), progress=lambda share: self._progress(Progress("fetch", share, 1.0)))
         checkpoint = open_checkpoint(path)
         self.model_name, self.config = str(model), checkpoint.config
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
@@ -289,14 +291,3 @@ def _plain(place: Logprobs | None) -> dict[str, Any] | None:
 
 def _is_ids(prompts: Any) -> bool:
     return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
-
-
-def _options(given: dict[str, Any]) -> Options:
-    given = dict(given)
-    if "methods" in given:
-        given["method"] = given.pop("methods")
-    known = Options.__dataclass_fields__
-    for key in given:
-        if key not in known:
-            raise UserError(f"no option is called {key!r}; choose one of: {', '.join(known)}")
-    return replace(Options(), **given)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from firstlight.cli import docs
 from firstlight.cli.main import call
+from firstlight.models.weights.store import cache_dir
+from tests.terminal import Terminal
 
 KEYS = {
     *("schema_version", "model", "exact", "prompt_tokens", "cached_tokens", "completion_tokens", "text", "token_ids"),
@@ -90,6 +94,31 @@ def test_bench_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < row["mfu"] < 1.2 and row["decode_tok_s"] > 0 and row["rss_mb"] > 100
 
 
+def test_bench_throughput(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [
+        "bench",
+        "throughput",
+        model,
+        "--batch",
+        "3",
+        "--prompt-tokens",
+        "20,30,40",
+        "--tokens",
+        "3",
+        "--repeat",
+        "1",
+    ]
+    assert call([*line, "--json"]) == 0
+    alone, three = json.loads(capsys.readouterr().out)["rows"]
+    assert (alone["batch"], three["batch"]) == (1, 3) and alone["prompt_tokens"] == three["prompt_tokens"] == [
+        20,
+        30,
+        40,
+    ]
+    assert alone["gain"] == 1.0 and three["new_tok_s"] == pytest.approx(three["gain"] * alone["new_tok_s"])
+    assert three["settings"]["max_num_seqs"] == 3 and three["settings"]["max_model_len"] == 43
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -126,6 +155,45 @@ def test_ctrl_c_in_a_long_prefill(model: str, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.fixture
+def chat(model: str, tmp_path: Path) -> Callable[..., Terminal]:
+    """A chat with the shared weight cache, and a history of its own."""
+    (tmp_path / "weights").symlink_to(cache_dir() / "weights")
+    env = {"FIRSTLIGHT_CACHE": str(tmp_path)}
+    return lambda *flags: Terminal(["-m", "firstlight.cli.main", "run", model, *flags], env)
+
+
+def test_a_chat(chat: Callable[..., Terminal]) -> None:
+    with chat("--max-tokens", "5", "--max-model-len", "200") as terminal:
+        terminal.expect("context 200 tokens")
+        terminal.type("Name a colour.\r")
+        first = terminal.expect("tokens/s after the first")
+        assert " 0 from the cache" in first and "first token" in first
+        terminal.type("And another one.\r")
+        cached = int(re.findall(r"(\d+) from the cache", terminal.expect("tokens/s after the first"))[0])
+        prompt = int(re.findall(r"(\d+) prompt tokens", first)[0])
+        assert cached >= prompt  # all of the first turn was known
+        terminal.type("/stats\r")
+        assert f"{cached} from the cache" in terminal.expect("tokens/s after it")
+        terminal.type("long " * 200 + "\r")
+        terminal.expect("tokens, the limit is 199")
+        terminal.expect("Nothing was added; /reset begins a new conversation")
+        terminal.type("/exit\r")
+        assert terminal.leave() == 0 and "Traceback" not in terminal.unread
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(chat: Callable[..., Terminal]) -> None:
+    with chat("--ignore-eos", "--max-tokens", "4000") as terminal:
+        terminal.expect("> ")
+        terminal.type("Tell a story about a whale.\r")
+        terminal.expect("whale", 60)  # what was typed
+        terminal.expect("whale", 60)  # what is told
+        terminal.interrupt()
+        terminal.expect("stopped; what was said stays in the conversation", 10)
+        terminal.type("/exit\r")
+        assert terminal.leave() == 0 and "Traceback" not in terminal.unread
 
 
 def test_a_reader_that_goes_away(model: str) -> None:

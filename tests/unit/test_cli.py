@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 import types
@@ -15,9 +18,10 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from firstlight.cli import inputs
-from firstlight.cli.main import VERBS, call
+from firstlight.cli import inputs, progress
+from firstlight.cli.main import VERBS, call, load
 from firstlight.cli.options import flags_of
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
@@ -109,6 +113,7 @@ def test_raw_prompt_and_system(llm: type[FakeLLM]) -> None:
 
 def test_every_setting_has_a_flag_that_reaches_the_engine(llm: type[FakeLLM]) -> None:
     texts = {"precision": "f32", "prefix_cache": "off", "kv_memory": "2GiB", "device": "cpu", "event_log": "log"}
+    texts["config"] = os.devnull
     wanted: dict[str, Any] = {}
     line = ["run", "m", "-p", "hi"]
     for flag in flags_of({"options": Options, "sampling": SamplingParams}):
@@ -178,7 +183,7 @@ def test_several_answers_are_told_apart(llm: type[FakeLLM], capsys: pytest.Captu
 
 def test_what_is_not_given_keeps_the_records_default(llm: type[FakeLLM]) -> None:
     assert call(["run", "m", "-p", "hi"]) == 0
-    assert {f.name: llm.seen[f.name] for f in fields(Options)} == vars(Options())
+    assert {f.name: llm.seen[f.name] for f in fields(Options)} == vars(Options(config=os.devnull))
     assert llm.seen["params"] == SamplingParams()
 
 
@@ -201,7 +206,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["run", "m"], "the prompt is empty"),
+        (["run", "m", "--json"], "the prompt is empty"),
         (["run", "m", "-p", ""], "the prompt is empty"),
         (["run", "m", "-p", " \n"], "the prompt is empty"),
         (["run", "m", "-f", "nowhere.txt", "-p", "x"], "can't read nowhere.txt"),
@@ -215,9 +220,22 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["run", "m", "-p", "x", "--no-such-flag"], "--no-such-flag"),
         (["run"], "Missing argument 'model'"),
         (["jump"], "No such command 'jump'"),
+        (["run", "m", "-p", "x", "--precision", "int8"], "precision='int8' is not built yet; choose bf16 or f32"),
+        (["run", "m", "-p", "x", "--prefix-cache", "/kv"], "a cache on disk is not built yet; choose on or off"),
+        (["run", "m", "-p", "x", "--method", "auto"], "method 'auto' is not built yet; name one of"),
+        (["run", "m", "-p", "x", "--weights=compact"], "--weights is not built yet; leave it out"),
+        (["bench", "ttft", "m", "--weights", "compact"], "--weights is not built yet; leave it out"),
+        (["serve", "m"], "serve is not built yet; use `firstlight run`"),
+        (["plan"], "plan is not built yet"),
+        (["inspect", "--help"], "inspect is not built yet"),
+        (["calibrate", "m", "x"], "calibrate is not built yet"),
+        (["bench", "serve", "m"], "bench serve is not built yet; choose ttft, decode or throughput"),
+        (["bench", "jump", "m"], "No such command 'jump'; see firstlight bench --help"),
+        (["run", "serve", "-p", "x", "--jump"], "No such option: --jump; see firstlight run --help"),
         (["methods", "show", "nothing"], "no method or schedule is called 'nothing'; choose one of: band"),
         (["bench", "ttft", "m", "--prompt-tokens", "many"], "can't read the lengths 'many'"),
         (["bench", "decode", "m", "--tokens", "1"], "tokens=1"),
+        (["bench", "throughput", "m", "--batch", "1,two"], "can't read the batch sizes '1,two'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -276,6 +294,45 @@ def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "Usage: firstlight" in capsys.readouterr().out
 
 
+def commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Every verb, and every verb of a verb, by its full name."""
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from commands(f"{path} {name}", sub)
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_teaches_by_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, command in commands(f"firstlight {verb}", load(verb)):
+        paragraphs = [" ".join(text.split()) for text in (command.help or "").split("\n\n")]
+        examples = [text for text in paragraphs if re.search(rf"(^|\| ){path}", text)]
+        assert examples, f"no example in `{path} --help`"
+        for example in examples:
+            refuses_nothing(example.rpartition("| ")[2], command)
+
+
+def refuses_nothing(example: str, command: Any) -> None:
+    """An example's flags exist; its values are read, but nothing is run."""
+    words = shlex.split(example)
+    given = words[next(i for i, word in enumerate(words) if word == command.name) + 1 :]
+    command.make_context(command.name, given, resilient_parsing=False)
+
+
+def test_the_shell_learns_verbs_flags_and_names() -> None:
+    def completed(line: str) -> list[str]:
+        asked = {"_FIRSTLIGHT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        command = [sys.executable, "-m", "firstlight.cli.main"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **asked})
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.split()
+
+    assert completed("firstlight ") == list(VERBS)
+    assert completed("firstlight run m --prec") == ["--precision"]
+    assert completed("firstlight run m --precision f") == ["f32"]
+    assert "band" in completed("firstlight methods show ")
+
+
 def test_help_and_errors_come_without_torch() -> None:
     code = (
         "import sys; from firstlight.cli.main import call; import firstlight;"
@@ -290,4 +347,20 @@ def test_bars_are_silent_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
     with Bars() as bars:
         for done in range(3):
             bars(types.SimpleNamespace(phase="prefill", done=done, total=2, rid="r"))
+            bars.shares("fetching")(done / 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_bars_show_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Bars(screen) as bars:
+        fetch = bars.shares("fetching m")
+        for share in (0.0, 0.5, 0.99):
+            fetch(share)
+        for done in range(3):
+            bars(types.SimpleNamespace(phase="load", done=done, total=2, rid=None))
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", screen.file.getvalue())
+    assert "fetching m" in shown and "99%" in shown and "preparing the model" in shown
+    assert "fetching" not in shown.rpartition("preparing")[2]

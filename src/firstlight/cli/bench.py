@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from firstlight.cli.breakdown import duration
+from firstlight.cli.inputs import numbers
 from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
+from firstlight.cli.throughput import throughput
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
 
-app = typer.Typer(help="Measure time to first token and decode speed of this engine.", no_args_is_help=True)
+app = typer.Typer(help="Measure time to first token, decode speed and throughput of this engine.", no_args_is_help=True)
 
 _Model = Annotated[str, typer.Argument(help="A name of `firstlight models list`, or a path.")]
 _Repeat = Annotated[int, typer.Option("--repeat", metavar="N", help="Measurements of each length, after one warm-up.")]
@@ -33,11 +35,13 @@ def ttft(
     repeat: _Repeat = 5,
     as_json: _Json = False,
 ) -> None:
-    """Time to first token at some prompt lengths. The prefix cache is off.
+    """Time to first token at some prompt lengths, of one request alone.
+
+    The prefix cache is off and --max-num-seqs is 1, whatever is given.
 
     firstlight bench ttft smollm2 --prompt-tokens 512,2048 --repeat 5
     """
-    _bench(model, options, _lengths(prompt_tokens), tokens, repeat, as_json)
+    _bench(model, options, numbers(prompt_tokens, "lengths"), tokens, repeat, as_json)
 
 
 @app.command()
@@ -50,13 +54,18 @@ def decode(
     repeat: _Repeat = 3,
     as_json: _Json = False,
 ) -> None:
-    """Decode speed of one request after contexts of some lengths.
+    """Decode speed after contexts of some lengths, of one request alone.
+
+    The prefix cache is off and --max-num-seqs is 1, whatever is given.
 
     firstlight bench decode smollm2 --context 512,8000 --tokens 64
     """
     if tokens < 2:
         raise UserError(f"tokens={tokens} leaves no time between tokens to measure; give 2 or more")
-    _bench(model, options, _lengths(context), tokens, repeat, as_json)
+    _bench(model, options, numbers(context, "lengths"), tokens, repeat, as_json)
+
+
+app.command()(throughput)
 
 
 def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat: int, as_json: bool) -> None:
@@ -67,7 +76,8 @@ def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat
     from firstlight.llm import LLM
 
     status = Console(stderr=True)
-    with Bars() as bars, LLM(model, progress=bars, **_settings(options)) as llm, status.status("machine") as now:
+    bars = Bars(phases=("fetch", "load"))
+    with bars, LLM(model, progress=bars, **_settings(options)) as llm, status.status("machine") as now:
         machine = describe_machine(torch.get_num_threads())
         peak = machine["peak_gflops"][options.precision]
         rows = list(measure(llm, lengths, num_decode=tokens, repeat=repeat, peak_gflops=peak, tell=now.update))
@@ -101,10 +111,3 @@ def _settings(options: Options) -> dict[str, Any]:
     """The engine's keywords: one request at a time, and nothing known beforehand."""
     alone = replace(options, prefix_cache="off", max_num_seqs=1)
     return {field.name: getattr(alone, field.name) for field in fields(alone)}
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(length) for length in text.split(",")]
-    except ValueError:
-        raise UserError(f"can't read the lengths {text!r}; write them like 512,2048") from None

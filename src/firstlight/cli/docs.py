@@ -24,6 +24,28 @@ PATH_OF_A_PROMPT = [
 """The order of the tree: what everything is made of, then the stations of a prompt, then what stands beside them."""
 
 _NOTICE = "<!-- Written by `make docs`. Change the program's texts, not this page. -->\n"
+_CLI_LEAD = """\
+A user's mistake gets one line on stderr and exit code 2; Ctrl-C gives 130. `firstlight --install-completion` teaches
+the shell to complete verbs, flags and names of methods.
+
+Every option of the engine can be said in four ways; the first that says something wins:
+
+| | for example |
+| --- | --- |
+| a flag, or a keyword of `LLM` | `--max-model-len 4096`, `LLM("smollm2", max_model_len=4096)` |
+| a variable | `FIRSTLIGHT_MAX_MODEL_LEN=4096`; a list is written `a;b`, an empty variable says nothing |
+| a settings file in TOML | `max_model_len = 4096` |
+| its default | |
+
+The settings file is the one that `--config FILE` names, else `$FIRSTLIGHT_CONFIG`, else `~/.config/firstlight.toml` if
+it is there. One in the working directory is not read unless it is named. `--config /dev/null` is no file.
+
+```toml
+threads = 2
+max_model_len = 4096
+method = ["band:sink=64,window=1024"]
+```
+"""
 _TREE = re.compile(r"(<!-- tree -->\n```\n).*?(```\n<!-- end of tree -->)", re.DOTALL)
 _NAME_WIDTH = 26
 
@@ -81,13 +103,9 @@ def _purpose(path: Path) -> str:
 def cli_page() -> str:
     """docs/cli.md: every verb with its text, arguments and flags."""
     verbs = "".join(_command(f"firstlight {name}", load(name)) for name in VERBS)
-    lead = (
-        "Every setting of the engine is a flag here and a keyword of `LLM` there: `--max-model-len 4096` is "
-        "`max_model_len=4096`.\nA user's mistake gets one line on stderr and exit code 2; Ctrl-C gives 130.\n"
-    )
     engine = load("bench").commands["ttft"].params
     common = _table(p for p in engine if _is_engine(p))
-    return f"{_NOTICE}# The command line\n\n{lead}{verbs}\n## Flags of the engine\n{common}"
+    return f"{_NOTICE}# The command line\n\n{_CLI_LEAD}{verbs}\n## Flags of the engine\n{common}"
 
 
 def _command(path: str, command: Any) -> str:
@@ -117,7 +135,8 @@ def _table(options: Iterable[Any]) -> str:
 
 
 def _row(option: Any) -> str:
-    names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=lambda name: (name.startswith("--"), name)))
+    every = sorted([*option.opts, *option.secondary_opts], key=lambda name: (name.startswith("--"), name))
+    names = ", ".join(f"`{name}`" for name in every)
     takes = "" if option.is_flag else (option.metavar or "N")
     default = f" Default: {option.default}." if option.default and not option.is_flag else ""
     return f"| {names} | {takes.replace('|', ' or ')} | {option.help or ''}{default} |\n"

@@ -1,4 +1,4 @@
-"""What the user gave as text: the prompt, documents and standard input, joined into one prompt or one chat."""
+"""What the user gave as text: the prompt, documents and standard input, joined into one prompt or chat; numbers."""
 
 from __future__ import annotations
 
@@ -53,10 +53,23 @@ def gather(prompt: str | None, documents: Sequence[str]) -> str:
     return text
 
 
+def wants_chat(prompt: str | None, documents: Sequence[str]) -> bool:
+    """Whether there is no prompt, but a person at a terminal who can be asked for one."""
+    return prompt is None and STDIN not in documents and sys.stdin is not None and sys.stdin.isatty()
+
+
 def as_messages(text: str, system: str | None) -> list[dict[str, str]]:
     """A chat of one user message, after a system message if there is one."""
     lead = [{"role": "system", "content": system}] if system is not None else []
     return [*lead, {"role": "user", "content": text}]
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """`1,4,16` -> whole numbers. Raises UserError that calls them `what`."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"can't read the {what} {text!r}; write them like 512,2048") from None
 
 
 def _decode(data: bytes, name: str) -> str:

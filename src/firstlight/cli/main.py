@@ -12,13 +12,17 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
+from typer.completion import shell_complete
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from firstlight import __version__
+from firstlight.cli.planned import not_built
 from firstlight.core.errors import UserError
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+_COMPLETE = "_FIRSTLIGHT_COMPLETE"
+"""Set by the shell when it wants to know how a line goes on."""
 
 
 class Verb(NamedTuple):
@@ -29,8 +33,8 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "run": Verb("firstlight.cli.run:run", "Answer a prompt, with documents before it."),
-    "bench": Verb("firstlight.cli.bench:app", "Measure time to first token and decode speed."),
+    "run": Verb("firstlight.cli.run:run", "Answer a prompt, with documents before it, or chat."),
+    "bench": Verb("firstlight.cli.bench:app", "Measure time to first token, decode speed and throughput."),
     "eval": Verb("firstlight.cli.eval:evaluate", "Measure what a setting does to quality."),
     "models": Verb("firstlight.cli.models:app", "List, fetch and describe models."),
     "methods": Verb("firstlight.cli.methods:app", "List and describe methods and schedules."),
@@ -67,7 +71,7 @@ class Verbs(TyperGroup):
         return name, load(name) if name else stand_in, rest
 
 
-app = typer.Typer(cls=Verbs, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(cls=Verbs, rich_markup_mode="rich")
 
 
 def _version(wanted: bool) -> None:
@@ -85,7 +89,13 @@ def firstlight(
 ) -> None:
     """An LLM engine built around prefill: the first token of a long prompt, sooner, and right.
 
-    The shortest start: [bold]firstlight run smollm2 -p "Why is the sky blue?"[/bold]
+    [bold]firstlight run smollm2 -p "Why is the sky blue?"[/bold]
+
+    [bold]firstlight run smollm2 -f report.txt -p "What does it cost?"[/bold]
+
+    [bold]firstlight run smollm2[/bold]   a chat
+
+    Every verb has examples too: [bold]firstlight run --help[/bold]
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
@@ -97,6 +107,8 @@ def main() -> None:
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if instruction := os.environ.get(_COMPLETE):
+        sys.exit(shell_complete(typer.main.get_command(app), {}, "firstlight", _COMPLETE, instruction))
     sys.exit(call(sys.argv[1:]))
 
 
@@ -108,8 +120,10 @@ def call(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
     try:
         return _invoke(arguments)
-    except (UserError, TyperException) as error:
-        return _complain(error)
+    except UserError as error:
+        return _complain(str(error))
+    except TyperException as error:
+        return _complain(_refusal(error))
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
@@ -129,13 +143,16 @@ def _invoke(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _complain(error: UserError | TyperException) -> int:
-    """One line on stderr. An error without a text has already printed its help."""
-    text = error.format_message() if isinstance(error, TyperException) else str(error)
+def _refusal(error: TyperException) -> str:
+    """What typer has against a command line, and where to read on. Empty if it has already printed its help."""
+    text, where = error.format_message().rstrip("."), getattr(getattr(error, "ctx", None), "command_path", None)
+    return not_built(text, where or "") or (f"{text}; see {where} --help" if text and where else text)
+
+
+def _complain(text: str) -> int:
+    """One line on stderr."""
     if text:
-        where = getattr(getattr(error, "ctx", None), "command_path", None)
-        cure = f"; see {where} --help" if where else ""
-        typer.echo(f"firstlight: error: {' '.join(text.split()).rstrip('.')}{cure}", err=True)
+        typer.echo(f"firstlight: error: {' '.join(text.split()).rstrip('.')}", err=True)
     return USER_ERROR
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from firstlight.cli.options import complete_with
 from firstlight.core import registry
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability
@@ -38,15 +39,18 @@ def list_methods(as_json: _Json = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A name of `firstlight methods list`.")], as_json: _Json = False
+    name: Annotated[
+        str,
+        typer.Argument(help="A name of `firstlight methods list`.", autocompletion=complete_with(lambda: _names())),
+    ],
+    as_json: _Json = False,
 ) -> None:
     """Settings, defaults and capabilities of one method.
 
     firstlight methods show band
     """
-    if name not in [*registry.names(), *registry.names(schedules=True)]:
-        known = ", ".join([*registry.names(), *registry.names(schedules=True)])
-        raise UserError(f"no method or schedule is called {name!r}; choose one of: {known}")
+    if name not in _names():
+        raise UserError(f"no method or schedule is called {name!r}; choose one of: {', '.join(_names())}")
     method = describe(name)
     if as_json:
         typer.echo(json.dumps(method, indent=2))
@@ -58,7 +62,11 @@ def show(
 
 def everything() -> list[dict[str, Any]]:
     """Methods, then schedules, described."""
-    return [describe(name) for name in [*registry.names(), *registry.names(schedules=True)]]
+    return [describe(name) for name in _names()]
+
+
+def _names() -> list[str]:
+    return [*registry.names(), *registry.names(schedules=True)]
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from firstlight.cli.progress import Bars
 from firstlight.models.weights import hub
 from firstlight.models.weights.checkpoint import Checkpoint, open_checkpoint
 from firstlight.models.weights.known import KNOWN, known_file
@@ -24,7 +22,10 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document ins
 
 @app.command("list")
 def list_models(as_json: _Json = False) -> None:
-    """Known models, which of them are on this machine, and the cache of unpacked weights."""
+    """Known models, which of them are on this machine, and the cache of unpacked weights.
+
+    firstlight models list
+    """
     report = _inventory()
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -41,11 +42,15 @@ def list_models(as_json: _Json = False) -> None:
 
 @app.command()
 def pull(name: Annotated[str, typer.Argument(help="A name from `firstlight models list`.")]) -> None:
-    """Show a known model's terms, fetch it, check its sha256 and print its path."""
+    """Show a known model's terms, fetch it, check its sha256 and print its path.
+
+    firstlight models pull smollm2
+    """
     if name in KNOWN:
-        typer.echo(f"{KNOWN[name].about}\n{KNOWN[name].terms}", err=True)
-    with progress_bar(f"fetching {name}") as progress:
-        path = hub.pull(name, progress=progress)
+        typer.echo(f"{KNOWN[name].about}
+{KNOWN[name].terms}", err=True)
+    with Bars() as bars:
+        path = hub.pull(name, progress=bars.shares(f"fetching {name}"))
     typer.echo(path)
 
 
@@ -54,9 +59,12 @@ def show(
     model: Annotated[str, typer.Argument(help="A known name, a .gguf file, a directory with config.json or a hub id.")],
     as_json: _Json = False,
 ) -> None:
-    """Architecture, shapes, types and memory of a model."""
-    with progress_bar(f"fetching {model}") as progress:
-        path = hub.resolve(model, progress=progress)
+    """Architecture, shapes, types and memory of a model.
+
+    firstlight models show smollm2
+    """
+    with Bars() as bars:
+        path = hub.resolve(model, progress=bars.shares(f"fetching {model}"))
     report = describe(open_checkpoint(path))
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -94,15 +102,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             n * (4 if len(checkpoint.shapes[name]) == 1 else 2) for name, n in elements.items()
         ),
     }
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr that appears with the first share in [0, 1] it is given, and only on a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=1.0, visible=False)
-        yield lambda share: progress.update(task, completed=share, visible=True)
 
 
 def _inventory() -> dict[str, Any]:

@@ -12,6 +12,14 @@ from typing import Any, Literal
 
 import typer
 
+from firstlight.core import registry
+from firstlight.core.config import Options
+from firstlight.core.settings import gather_options
+
+_CHOICES: dict[str, Callable[[], Sequence[str]]] = {
+    "method": registry.names,
+    "schedule": lambda: registry.names(schedules=True),
+}
 _METAVARS: dict[Any, str] = {int | None: "N", float | None: "X", str | None: "TEXT"}
 
 
@@ -43,7 +51,7 @@ def flags_of(records: Mapping[str, type]) -> list[Flag]:
 def with_flags(**records: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: the verb's parameters named in `records` (frozen dataclasses) become one flag a field.
 
-    Only what was given reaches a record, so the record's own defaults stay the defaults.
+    Only what was given reaches a record; the rest of it comes from where `core/settings.py` says, or is its default.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
@@ -52,7 +60,7 @@ def with_flags(**records: type) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(verb)
         def wrapper(**given: Any) -> None:
             values = {flag.name: given.pop(flag.name) for flag in flags}
-            built = {name: cls(**_given(name, flags, values)) for name, cls in records.items()}
+            built = {name: _make(cls, _given(name, flags, values)) for name, cls in records.items()}
             verb(**given, **built)
 
         _sign(wrapper, verb, flags)
@@ -61,9 +69,22 @@ def with_flags(**records: type) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
+def complete_with(choices: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    """For the shell: those of some words that go on as the user began."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices() if choice.startswith(incomplete)]
+
+    return complete
+
+
 def panel_of(record: type) -> str:
     """The heading of a record's flags: the first sentence about it."""
     return (record.__doc__ or record.__name__).split(".")[0]
+
+
+def _make(cls: type, given: dict[str, Any]) -> Any:
+    return gather_options(given) if cls is Options else cls(**given)
 
 
 def _given(record: str, flags: Sequence[Flag], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,11 +105,15 @@ def _sign(wrapper: Any, verb: Callable[..., None], flags: Sequence[Flag]) -> Non
 
 
 def _option(flag: Flag) -> Any:
+    name = flag.name.replace("_", "-")
+    # A variable or the settings file may say yes where this run should not: only options of the engine have them.
+    has_no = flag.kind == bool | None and flag.panel == panel_of(Options)
     return typer.Option(
         None,
-        f"--{flag.name.replace('_', '-')}",
+        f"--{name}/--no-{name}" if has_no else f"--{name}",
         help=f"{flag.doc[:1].upper()}{flag.doc[1:]}{flag.default}.",
         metavar=flag.metavar,
+        autocompletion=complete_with(_CHOICES.get(flag.name) or (lambda: (flag.metavar or "").split("|"))),
         show_default=False,
         rich_help_panel=flag.panel,
     )

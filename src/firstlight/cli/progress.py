@@ -1,8 +1,9 @@
-"""Progress bars on a terminal's stderr: preparing a model, and prefills long enough to wonder about."""
+"""Progress bars on a terminal's stderr: fetching and preparing a model, and prefills long enough to wonder about."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Protocol
 
@@ -13,7 +14,7 @@ PATIENCE_S = 0.4
 """A phase shorter than this shows no bar."""
 REFRESH_S = 0.1
 
-_LABELS = {"load": "preparing the model", "prefill": "reading the prompt"}
+_LABELS = {"fetch": "fetching the model", "load": "preparing the model", "prefill": "reading the prompt"}
 
 
 class Report(Protocol):
@@ -28,10 +29,10 @@ class Report(Protocol):
 
 
 class Bars:
-    """A progress sink. Each phase gets one bar, which goes when the phase is done or `close` is called."""
+    """Progress sinks that share one bar: it goes when its work is done or `close` is called."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: Console | None = None, *, phases: Collection[str] = tuple(_LABELS)) -> None:
+        self._console, self._phases = console or Console(stderr=True), phases
         self._began: dict[str, float] = {}
         self._shown = 0.0
         self._bar: Progress | None = None
@@ -44,29 +45,40 @@ class Bars:
         self.close()
 
     def __call__(self, report: Report) -> None:
-        """Called often: does nothing on most calls, and nothing at all when stderr is not a terminal."""
-        now = time.monotonic()
-        if not self._console.is_terminal or report.phase not in _LABELS:
-            return
-        began = self._began.setdefault(report.phase, now)
-        if report.done >= report.total:
-            self._began.pop(report.phase)
-            self.close()
-        elif now - began >= PATIENCE_S and now - self._shown >= REFRESH_S:
-            self._shown = now
-            self._show(report)
+        """The sink of an `LLM`. Phases that it wasn't made for show nothing."""
+        if report.phase in self._phases:
+            self._tell(_LABELS[report.phase], report.done, report.total)
+
+    def shares(self, label: str) -> Callable[[float], None]:
+        """A sink of shares in [0, 1] of the work that `label` names."""
+        return lambda share: self._tell(label, share, 1.0)
 
     def close(self) -> None:
-        """Takes the bar off the screen."""
+        """Takes the bar off the screen; what comes next is new work."""
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
+        self._began.clear()
 
-    def _show(self, report: Report) -> None:
+    def _tell(self, label: str, done: float, total: float) -> None:
+        """Called often: does nothing on most calls, and nothing at all when stderr is not a terminal."""
+        now = time.monotonic()
+        if not self._console.is_terminal:
+            return
+        if self._task is not None and self._task[0] != label:
+            self.close()
+        began = self._began.setdefault(label, now)
+        if done >= total:
+            self.close()
+        elif now - began >= PATIENCE_S and now - self._shown >= REFRESH_S:
+            self._shown = now
+            self._show(label, done, total)
+
+    def _show(self, label: str, done: float, total: float) -> None:
         if self._bar is None:
             columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
-        if self._task is None or self._task[0] != report.phase:
-            self._task = report.phase, self._bar.add_task(_LABELS[report.phase], total=report.total)
-        self._bar.update(self._task[1], completed=report.done, total=report.total)
+        if self._task is None:
+            self._task = label, self._bar.add_task(label, total=total)
+        self._bar.update(self._task[1], completed=done, total=total)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from firstlight.cli.breakdown import approximations, breakdown
-from firstlight.cli.inputs import as_messages, gather
+from firstlight.cli.inputs import as_messages, gather, wants_chat
 from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
@@ -34,9 +34,11 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
 ) -> None:
-    """Answer a prompt.
+    """Answer a prompt, or chat if there is none and a terminal to type on; in the chat, /help lists its commands.
 
     Text on standard input is the prompt; beside -p it is one more document. Documents go before the prompt.
+
+    firstlight run smollm2
 
     firstlight run smollm2 -p "Why is the sky blue?"
 
@@ -44,11 +46,16 @@ def run(
 
     git diff | firstlight run smollm2 -p "Describe this change."
     """
+    if wants_chat(prompt, document) and not (raw or as_json):
+        from firstlight.cli.chat import chat  # here, because it is made of what stands below
+
+        chat(model, document, system, sampling, options)
+        return
     if raw and system is not None:
         raise UserError("--system has no place in a --raw prompt; leave one of the two out")
     text = gather(prompt, document)
     completion = answer(model, text if raw else as_messages(text, system), sampling, options, quiet=as_json)
-    _conclude(completion.report, as_json)
+    conclude(completion.report, as_json)
 
 
 def answer(model: str, prompt: Any, sampling: SamplingParams, options: Options, *, quiet: bool) -> Completion:
@@ -62,11 +69,14 @@ def answer(model: str, prompt: Any, sampling: SamplingParams, options: Options, 
         # Closing the stream cancels the request, whatever ended the loop.
         stream: Any = llm.stream(prompt, sampling)
         cleanup.enter_context(contextlib.closing(stream))
-        return _print_stream(stream, bars, quiet)
+        return print_stream(stream, bars, quiet)
 
 
-def _print_stream(stream: Iterable[Any], bars: Bars, quiet: bool) -> Completion:
-    """The first answer. Where there are several, its report has all of them under `choices`, as OpenAI's API does."""
+def print_stream(stream: Iterable[Any], bars: Bars, quiet: bool) -> Completion:
+    """The first answer; texts go to stdout as they come, unless `quiet`.
+
+    Where there are several, its report has all of them under `choices`, as OpenAI's API does.
+    """
     completions: list[Completion] = []
     between = ""
     for chunk in stream:
@@ -87,7 +97,7 @@ def _print_stream(stream: Iterable[Any], bars: Bars, quiet: bool) -> Completion:
 _CHOICE = ("index", "text", "token_ids", "finish_reason", "stop_reason", "logprobs")
 
 
-def _conclude(report: dict[str, Any], as_json: bool) -> None:
+def conclude(report: dict[str, Any], as_json: bool) -> None:
     """What comes after the text: the report as JSON, or a breakdown for a person and a warning for anybody."""
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))

@@ -16,7 +16,12 @@ from firstlight.simulate.replay import replay as run_replay
 def simulate(
     replay: Annotated[Path, typer.Option(metavar="FILE", help="Event log to make every plan of again and compare.")],
 ) -> None:
-    """Give a fresh schedule the events of a log alone: exit code 0 if it makes the same plans, else 1."""
+    """Give a fresh schedule the events of a log alone: exit code 0 if it makes the same plans, else 1.
+
+    A run writes its log with `--event-log FILE`.
+
+    firstlight simulate --replay run.log
+    """
     found = run_replay(replay, _policy)
     if found.difference is not None:
         typer.echo(found.difference)

@@ -6,12 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Method
-
-Precision = Literal["f32", "bf16"]
 
 
 def _opt(default: Any, doc: str, metavar: str | None = None) -> Any:
@@ -26,8 +24,8 @@ class Options:
         (), "switch a method on (repeatable); see `firstlight methods list`", "NAME:key=value"
     )
     schedule: Method | str = _opt("sarathi", "the order in which cells are computed", "NAME:key=value")
-    prefix_cache: str = _opt("on", "reuse the KV of equal prompt beginnings: on or off")
-    precision: Precision = _opt("bf16", "compute type: bf16 or f32; both exact")
+    prefix_cache: str = _opt("on", "reuse the KV of equal prompt beginnings: on or off", "on|off")
+    precision: str = _opt("bf16", "compute type: bf16 or f32; both exact", "f32|bf16")
     threads: int | None = _opt(None, "CPU threads; default: all cores this process may use")
     max_model_len: int | None = _opt(None, "longest prompt plus answer in tokens; default: the model's context")
     max_num_seqs: int = _opt(16, "requests that run at once")
@@ -41,12 +39,23 @@ class Options:
     deterministic: bool = _opt(False, "make bits independent of batch, chunk, cache and threads")
     event_log: str | None = _opt(None, "write the run's events and plans, for `firstlight simulate --replay`", "FILE")
     seed: int = _opt(0, "seed of requests that bring none")
+    config: str | None = _opt(
+        None,
+        "settings in TOML, weaker than flags and variables; default: $FIRSTLIGHT_CONFIG or ~/.config/firstlight.toml",
+        "FILE",
+    )
 
     def __post_init__(self) -> None:
+        if self.precision.startswith("int8"):
+            raise UserError(f"precision={self.precision!r} is not built yet; choose bf16 or f32")
         if self.precision not in ("f32", "bf16"):
             raise UserError(f"precision={self.precision!r} is unknown; choose bf16 or f32")
+        if "/" in self.prefix_cache:
+            raise UserError(f"prefix_cache={self.prefix_cache!r}: a cache on disk is not built yet; choose on or off")
         if self.prefix_cache not in ("on", "off"):
             raise UserError(f"prefix_cache={self.prefix_cache!r} is unknown; choose on or off")
+        if any(method.name == "auto" for method in self.methods):
+            raise UserError("method 'auto' is not built yet; name one of `firstlight methods list`")
         if self.device != "cpu":
             raise UserError(f"device={self.device!r} is unknown; this version computes on cpu")
         for key in ("threads", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):

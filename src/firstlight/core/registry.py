@@ -20,6 +20,7 @@ from typing import Any
 
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability
+from firstlight.core.values import read_value
 
 GROUP = "firstlight.methods"
 _ITEM = re.compile(r"""\s*([A-Za-z_]\w*)\s*=\s*("[^"]*"|'[^']*'|[^,]*)\s*(?:,|$)""")
@@ -91,7 +92,11 @@ def configure(cls: Any, method: Method, known: set[str]) -> Any:
     for key in method.settings:
         if key not in known:
             raise UserError(f"{method.name} has no setting {key!r}; it has: {', '.join(sorted(known)) or 'none'}")
-    chosen = {k: _read(method.name, k, hints[k], v) for k, v in method.settings.items() if k in hints}
+    chosen = {
+        key: read_value(f"{method.name}:{key}", hints[key], value)
+        for key, value in method.settings.items()
+        if key in hints
+    }
     return cls.Config(**chosen)
 
 
@@ -129,31 +134,3 @@ def _refuse_collisions(parts: Sequence[Part]) -> None:
         other = owner.setdefault(part.seam, part.method)
         if other != part.method:
             raise UserError(f"{other} and {part.method} both decide {part.seam}/ cells; give one of the two")
-
-
-def _read(method: str, key: str, hint: Any, value: Any) -> Any:
-    """Text to the field's type; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    kinds = [k for k in (typing.get_args(hint) or (hint,)) if k is not type(None)]
-    if value.lower() in ("none", "off") and type(None) in typing.get_args(hint):
-        return None
-    if bool in kinds and value.lower() in _BOOLS:
-        return _BOOLS[value.lower()]
-    for kind in (k for k in kinds if k in (int, float, str)):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    if value in kinds:
-        return value
-    raise UserError(f"{method}:{key}={value!r} is not {_hint_name(hint)}; give such a value")
-
-
-def _hint_name(hint: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "on or off"}.get(
-        hint, f"one of {typing.get_args(hint) or hint}"
-    )
-
-
-_BOOLS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}

@@ -21,9 +21,14 @@ from firstlight.models.config import ModelConfig
 TEXT = "moby-dick-chapter-87.txt"
 
 
+def shipped_text() -> str:
+    """What prompts are made of."""
+    return resources.files("firstlight.evaluate").joinpath("texts", TEXT).read_text("utf-8")
+
+
 def prompt_of(llm: LLM, num_tokens: int) -> list[int]:
     """Exactly `num_tokens` ids of real text."""
-    ids = llm.encode(resources.files("firstlight.evaluate").joinpath("texts", TEXT).read_text("utf-8"))
+    ids = llm.encode(shipped_text())
     return (ids * (num_tokens // len(ids) + 1))[:num_tokens]
 
 
