@@ -47,8 +47,7 @@ def pull(name: Annotated[str, typer.Argument(help="A name from `firstlight model
     firstlight models pull smollm2
     """
     if name in KNOWN:
-        typer.echo(f"{KNOWN[name].about}
-{KNOWN[name].terms}", err=True)
+        typer.echo(f"{KNOWN[name].about}\n{KNOWN[name].terms}", err=True)
     with Bars() as bars:
         path = hub.pull(name, progress=bars.shares(f"fetching {name}"))
     typer.echo(path)
