@@ -231,7 +231,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["calibrate", "m", "x"], "calibrate is not built yet"),
         (["bench", "serve", "m"], "bench serve is not built yet; choose ttft, decode or throughput"),
         (["bench", "jump", "m"], "No such command 'jump'; see firstlight bench --help"),
-        (["run", "serve", "-p", "x", "--jump"], "No such option: --jump; see firstlight run --help"),
+        (["run", "serve", "-p", "x", "--quick-brown"], "No such option: --quick-brown; see firstlight run --help"),
         (["methods", "show", "nothing"], "no method or schedule is called 'nothing'; choose one of: band"),
         (["bench", "ttft", "m", "--prompt-tokens", "many"], "can't read the lengths 'many'"),
         (["bench", "decode", "m", "--tokens", "1"], "tokens=1"),
