@@ -2,12 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2
+BENCH_MODELS ?= smollm2 qwen0.5
+PEERS ?= llama.cpp,openvino,vllm,transformers
 
 BIN := $(VENV)/bin
+RESULTS := benchmarks/results
 DOCUMENT := src/firstlight/evaluate/texts/moby-dick-chapter-87.txt
 QUESTION := Which straits does the Pequod sail through?
 
-.PHONY: help demo test test-all lint docs wheel clean
+.PHONY: help demo test test-all bench-peers lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -24,6 +27,12 @@ test: $(VENV)/tested lint  ## install, then lint, types and all tests
 test-all: $(VENV)/tested lint  ## the same with many more generated examples
 	$(BIN)/firstlight models pull $(MODEL)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+
+# The peers are installed under the cache directory, some gigabytes of them, and stay there for the next time.
+bench-peers: $(VENV)/installed  ## measure the peers beside this engine on two models, and draw the results
+	for model in $(BENCH_MODELS); do \
+		$(BIN)/firstlight bench ttft $$model --against $(PEERS) --results $(RESULTS)/ttft.jsonl || exit 1; done
+	$(BIN)/python benchmarks/picture.py $(RESULTS)/ttft.jsonl $(RESULTS)
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

@@ -78,7 +78,7 @@ def _copy_metadata(reader: Any, writer: Any, form: str) -> None:
 
 
 def _packed(tensor: Any, form: str) -> tuple[np.ndarray, Any]:
-    """A tensor's values in the wanted type, or in one that can hold its shape."""
+    """A tensor's values in the wanted type."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
