@@ -98,7 +98,7 @@ def test_a_contest_of_our_own_engines(model: str, tmp_path: Path, capsys: pytest
     assert [row["engine"] for row in rows] == ["firstlight", "firstlight-f32"]
     assert all(row["failed"] is None and row["limit_s"] < row["ttft_s"]["median"] for row in rows)
     assert rows[1]["agreement"] == {"equal": 64, "of": 64}, "float32 agrees with itself"
-    assert 48 < rows[0]["agreement"]["equal"], "and bf16 with it, almost always"
+    assert rows[0]["agreement"]["equal"] > 48, "and bf16 with it, almost always"
     assert model not in results.read_text() and len(results.read_text().splitlines()) >= 2
 
 

@@ -266,7 +266,7 @@ def test_the_results_are_lines_that_say_everything(tmp_path: Path) -> None:
 def test_the_host_keeps_what_engines_print_out_of_its_answer(tmp_path: Path, runner: str) -> None:
     job = {
         "settings": {},
-        "text": [1, 2, 3],
+        "text": [1, 2, 3, 4],
         "lengths": [5],
         "tokens": 1,
         "repeat": 1,
