@@ -14,6 +14,7 @@ import torch
 import firstlight
 from firstlight.evaluate.peak import TYPES, peak_gflops
 from firstlight.kernels.dispatch import BACKENDS
+from firstlight.kernels.native import active_isa
 
 _ISA = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
 
@@ -29,7 +30,7 @@ def describe_processor() -> dict[str, Any]:
         "cpu": cpu_name(),
         "isa": instruction_set(_read("/proc/cpuinfo")),
         "cores": len(os.sched_getaffinity(0)),
-        "kernels": BACKENDS[-1],
+        "kernels": kernels(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch": torch.__version__,
         "firstlight": firstlight.__version__,
@@ -46,6 +47,12 @@ def instruction_set(cpuinfo: str) -> str:
     """The widest set in /proc/cpuinfo's flags that kernels care for: amx, avx512_bf16, avx512, avx2, neon or base."""
     flags = set((_value(cpuinfo, "flags") or _value(cpuinfo, "Features")).split())
     return next((name for flag, name in _ISA.items() if flag in flags), "base")
+
+
+def kernels() -> str:
+    """The backend that a run of this process takes, and the variant of compiled kernels that this processor gets."""
+    variant = active_isa()
+    return BACKENDS[-1] if variant is None else f"{BACKENDS[-1]} ({variant})"
 
 
 def commit() -> str | None:
