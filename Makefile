@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2
+BENCH_MODELS ?= smollm2 qwen0.5
+PEERS ?= llama.cpp,openvino,vllm,transformers
 
 BIN := $(VENV)/bin
+RESULTS := benchmarks/results
 DOCUMENT := src/firstlight/evaluate/texts/moby-dick-chapter-87.txt
 QUESTION := Which straits does the Pequod sail through?
 
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-all sanitize lint docs wheel clean
+.PHONY: help demo test test-all sanitize bench-peers lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -32,6 +35,11 @@ sanitize: $(VENV)/tested  ## the kernels' tests under the address and undefined-
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest tests/parity -k cpu; status=$$?; \
 		$(BIN)/pip install --editable . && exit $$status
+# The peers are installed under the cache directory, some gigabytes of them, and stay there for the next time.
+bench-peers: $(VENV)/installed  ## measure the peers beside this engine on two models, and draw the results
+	for model in $(BENCH_MODELS); do \
+		$(BIN)/firstlight bench ttft $$model --against $(PEERS) --results $(RESULTS)/ttft.jsonl || exit 1; done
+	$(BIN)/python benchmarks/picture.py $(RESULTS)/ttft.jsonl $(RESULTS)
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

@@ -119,6 +119,18 @@ def test_bench_throughput(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert three["settings"]["max_num_seqs"] == 3 and three["settings"]["max_model_len"] == 43
 
 
+def test_a_contest_of_our_own_engines(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.jsonl"
+    line = ["bench", "ttft", model, "--against", "firstlight-f32", "--prompt-tokens", "40", "--tokens", "2"]
+    assert call([*line, "--repeat", "1", "--json", "--results", str(results)]) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["exact"]]
+    assert [row["engine"] for row in rows] == ["firstlight", "firstlight-f32"]
+    assert all(row["failed"] is None and row["limit_s"] < row["ttft_s"]["median"] for row in rows)
+    assert rows[1]["agreement"] == {"equal": 64, "of": 64}, "float32 agrees with itself"
+    assert rows[0]["agreement"]["equal"] > 48, "and bf16 with it, almost always"
+    assert model not in results.read_text() and len(results.read_text().splitlines()) >= 2
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from firstlight.core.errors import UserError
+from firstlight.evaluate.peers.files import repack
 from firstlight.models.config import config_from_gguf
 from firstlight.models.weights.checkpoint import GGUFCheckpoint, gguf_name, open_checkpoint, tensor_shapes
 from firstlight.models.weights.gguf import TYPES, GGUFFile
@@ -340,3 +341,24 @@ def test_shapes_of_the_config_are_those_of_the_architecture():
     metadata |= {f"llama.{key}": value for key, value in DEFAULTS.items()}
     assert tensor_shapes(config_from_gguf(metadata, tie_head=False)) == shapes()
     assert len(set(map(gguf_name, shapes()))) == len(shapes())
+
+
+@pytest.mark.parametrize(("form", "within"), [("BF16", 2**-8), ("F16", 2**-10), ("Q8_0", 1 / 127), ("Q4_0", 1 / 7)])
+def test_a_file_for_a_peer_holds_the_same_model_in_another_type(tmp_path, monkeypatch, form, within):
+    monkeypatch.setenv("FIRSTLIGHT_CACHE", str(tmp_path / "cache"))
+    wide = {"HIDDEN": 64, "HEAD_DIM": 32, "FFN": 96}  # quantised blocks hold 32 values
+    for name, size in wide.items():
+        monkeypatch.setitem(globals(), name, size)
+    sizes = {"embedding_length": 64, "feed_forward_length": 96}
+    original = open_checkpoint(write_llama(tmp_path / "m.gguf", weights(), **sizes))
+    repack(original.path, form, tmp_path / "other.gguf")
+    other = open_checkpoint(tmp_path / "other.gguf")
+    assert other.config == original.config and other.file.metadata.keys() >= original.file.metadata.keys()
+    assert other.tokenizer_source == original.tokenizer_source
+    for name, shape in original.shapes.items():
+        wanted = (
+            "F32" if len(shape) == 1 else "Q8_0" if form == "Q4_0" and ("embed" in name or "lm_head" in name) else form
+        )
+        assert other.types[name] == wanted
+        values = original.tensor(name)
+        assert (other.tensor(name) - values).abs().max() <= within * values.abs().max(), name

@@ -1,9 +1,13 @@
-"""`firstlight bench`: the speed of our own engine on this machine, as a table and as JSON."""
+"""`firstlight bench`: speeds on this machine, as tables and as JSON: our engine, its peers, and the machine's limit."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +22,12 @@ from firstlight.cli.throughput import throughput
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
 
-app = typer.Typer(help="Measure time to first token, decode speed and throughput of this engine.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure time to first token, decode speed, throughput, and what this machine could do.", no_args_is_help=True
+)
+
+_WIDE = 200
+"""Columns of a table that goes to a file or a pipe: there nothing needs to be cut."""
 
 _Model = Annotated[str, typer.Argument(help="A name of `firstlight models list`, or a path.")]
 _Repeat = Annotated[int, typer.Option("--repeat", metavar="N", help="Measurements of each length, after one warm-up.")]
@@ -34,6 +43,23 @@ def ttft(
     tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", metavar="N")] = 8,
     repeat: _Repeat = 5,
     as_json: _Json = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Engines to measure in the same run, each at its best: llama.cpp, openvino, vllm, transformers, "
+            "firstlight-deterministic, firstlight-f32. They are installed under the cache directory on first use.",
+            metavar="NAME,NAME,...",
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="With --against: append each row to this file as a JSON line.", metavar="FILE")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="With --against: the longest that one process may take.", metavar="SECONDS")
+    ] = 600.0,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="With --against: look for each peer's best settings again.")
+    ] = False,
 ) -> None:
     """Time to first token at some prompt lengths, of one request alone.
 
@@ -41,7 +67,20 @@ def ttft(
 
     firstlight bench ttft smollm2 --prompt-tokens 512,2048 --repeat 5
     """
-    _bench(model, options, numbers(prompt_tokens, "lengths"), tokens, repeat, as_json)
+    lengths = numbers(prompt_tokens, "lengths")
+    if against is None:
+        _bench(model, options, lengths, tokens, repeat, as_json)
+        return
+    from firstlight.evaluate.speed import check
+
+    check(lengths, repeat, tokens)
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    from firstlight.cli.contest import append, contest, tables
+
+    found = contest(model, options, names, lengths, tokens=tokens, rounds=repeat, limit_s=time_limit, sweep_again=sweep)
+    if results:
+        append(results, found)
+    _show(found, tables(found), as_json)
 
 
 @app.command()
@@ -68,6 +107,20 @@ def decode(
 app.command()(throughput)
 
 
+@app.command()
+def peak(as_json: _Json = False) -> None:
+    """What this machine can do at most: products in each type, and memory read, on one thread and on all.
+
+    firstlight bench peak
+    """
+    from firstlight.evaluate.machine import describe_processor
+    from firstlight.evaluate.peak import measure_peaks
+
+    machine = describe_processor()
+    rows = measure_peaks(sorted({1, len(os.sched_getaffinity(0))}))
+    _show({"machine": machine, "rows": rows}, [_peaks(machine, rows)], as_json)
+
+
 def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat: int, as_json: bool) -> None:
     import torch  # here, because it is slow to load
 
@@ -81,17 +134,34 @@ def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat
         machine = describe_machine(torch.get_num_threads())
         peak = machine["peak_gflops"][options.precision]
         rows = list(measure(llm, lengths, num_decode=tokens, repeat=repeat, peak_gflops=peak, tell=now.update))
+    _show({"machine": machine, "rows": rows}, [table(machine, rows)], as_json)
+
+
+def _show(found: dict[str, Any], shown: Sequence[Table], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"machine": machine, "rows": rows}, indent=2))
+        typer.echo(json.dumps(found, indent=2))
     else:
-        Console().print(table(machine, rows))
+        Console(width=None if sys.stdout.isatty() else _WIDE).print(*shown)
+
+
+def _peaks(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
+    title = (
+        f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores; kernels of this process: {machine['kernels']}"
+    )
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in ("what", "threads", "steady", "first call", "unit", "operator"):
+        shown.add_column(heading, justify="left" if heading in ("what", "unit", "operator") else "right")
+    for row in rows:
+        rates = (f"{row[key]:,.1f}" for key in ("steady", "first_call"))
+        shown.add_row(row["what"], f"{row['threads']}", *rates, row["unit"], row["operator"])
+    return shown
 
 
 def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
     """The rows for a person; TTFT is the median, with its extremes beside it."""
     title = f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
     shown = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for heading in ("prompt", "TTFT", "min", "max", "1st call", "tok/s", "MFU", "decode/s", "MB"):
+    for heading in ("prompt", "TTFT", "min", "max", "1st call", "limit", "tok/s", "MFU", "decode/s", "MB"):
         shown.add_column(heading, justify="right")
     for row in rows:
         ttft_s = row["ttft_s"]
@@ -99,6 +169,7 @@ def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
             f"{row['prompt_tokens']}",
             *(duration(ttft_s[key]) for key in ("median", "min", "max")),
             duration(row["first_call_ttft_s"]),
+            duration(row["limit_s"]),
             f"{row['prefill_tok_s']:,.0f}",
             f"{row['mfu']:.0%}",
             f"{row['decode_tok_s']:.1f}" if row["decode_tok_s"] else "-",

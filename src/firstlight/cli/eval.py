@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from firstlight.cli.breakdown import duration
+from firstlight.cli.inputs import numbers
 from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
-from firstlight.core.errors import UserError
 
 _BESIDE = {"agreement": "KL", "perplexity": "gain kept"}
 """What a table shows beside a task's score."""
@@ -58,7 +58,7 @@ def evaluate(
     from firstlight.evaluate.grid import evaluate as run
     from firstlight.evaluate.machine import describe_machine
 
-    grid = Grid([name.strip() for name in tasks.split(",")], _lengths(lengths), samples)
+    grid = Grid([name.strip() for name in tasks.split(",")], numbers(lengths, "lengths"), samples)
     with Bars() as bars, Console(stderr=True).status("") as now:
         found = run(model, options, grid, out=out, progress=bars, tell=now.update)
         machine = describe_machine(torch.get_num_threads())
@@ -120,10 +120,3 @@ def _number(value: float | None) -> str:
 
 def _interval(low: float | None, high: float | None) -> str:
     return "-" if low is None or high is None else f"{low:.3g}, {high:.3g}"
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(length) for length in text.split(",")]
-    except ValueError:
-        raise UserError(f"can't read the lengths {text!r}; write them like 2048,4096") from None

@@ -11,6 +11,8 @@ from typing import Any
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Method
 
+PRECISIONS = ("bf16", "f32")
+
 
 def _opt(default: Any, doc: str, metavar: str | None = None) -> Any:
     return field(default=default, metadata={"doc": doc, "metavar": metavar})
@@ -48,8 +50,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.precision.startswith("int8"):
             raise UserError(f"precision={self.precision!r} is not built yet; choose bf16 or f32")
-        if self.precision not in ("f32", "bf16"):
-            raise UserError(f"precision={self.precision!r} is unknown; choose bf16 or f32")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision={self.precision!r} is unknown; choose {' or '.join(PRECISIONS)}")
         if "/" in self.prefix_cache:
             raise UserError(f"prefix_cache={self.prefix_cache!r}: a cache on disk is not built yet; choose on or off")
         if self.prefix_cache not in ("on", "off"):

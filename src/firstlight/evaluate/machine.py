@@ -6,37 +6,53 @@ import os
 import platform
 import resource
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import firstlight
+from firstlight.evaluate.peak import TYPES, peak_gflops
+from firstlight.kernels.dispatch import BACKENDS
+from firstlight.kernels.native import active_isa
 
 _ISA = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """Processor, instruction set, usable cores, memory in GiB, versions, and the measured peaks in GFLOP/s."""
-    cpuinfo = _read("/proc/cpuinfo")
+    return {**describe_processor(), "threads": threads, "peak_gflops": {kind: peak_gflops(kind) for kind in TYPES}}
+
+
+def describe_processor() -> dict[str, Any]:
+    """All of `describe_machine` that needs no measurement, and the kernels that a run would take here."""
     return {
-        "cpu": _value(cpuinfo, "model name") or platform.processor() or platform.machine(),
-        "isa": instruction_set(cpuinfo),
+        "cpu": cpu_name(),
+        "isa": instruction_set(_read("/proc/cpuinfo")),
         "cores": len(os.sched_getaffinity(0)),
-        "threads": threads,
+        "kernels": kernels(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch": torch.__version__,
         "firstlight": firstlight.__version__,
         "commit": commit(),
-        "peak_gflops": {"f32": peak_gflops(torch.float32), "bf16": peak_gflops(torch.bfloat16)},
     }
+
+
+def cpu_name() -> str:
+    """The processor as it calls itself."""
+    return _value(_read("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
 
 
 def instruction_set(cpuinfo: str) -> str:
     """The widest set in /proc/cpuinfo's flags that kernels care for: amx, avx512_bf16, avx512, avx2, neon or base."""
     flags = set((_value(cpuinfo, "flags") or _value(cpuinfo, "Features")).split())
     return next((name for flag, name in _ISA.items() if flag in flags), "base")
+
+
+def kernels() -> str:
+    """The backend that a run of this process takes, and the variant of compiled kernels that this processor gets."""
+    variant = active_isa()
+    return BACKENDS[-1] if variant is None else f"{BACKENDS[-1]} ({variant})"
 
 
 def commit() -> str | None:
@@ -50,22 +66,9 @@ def commit() -> str | None:
         return None
 
 
-def peak_gflops(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """The best of some products of square matrices on torch's present threads: the yardstick of MFU."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    out = torch.empty(size, size, dtype=dtype)
-    return round(2 * size**3 / min(_timed(a, b, out) for _ in range(repeats + 1)) / 1e9, 1)
-
-
 def peak_rss_mb() -> float:
     """The most memory that this process has held so far, in MB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
-
-
-def _timed(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
-    began = time.perf_counter()
-    torch.mm(a, b, out=out)
-    return time.perf_counter() - began
 
 
 def _git(where: Path, *arguments: str) -> str:

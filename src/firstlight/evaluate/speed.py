@@ -15,8 +15,8 @@ import firstlight
 from firstlight.core.errors import UserError
 from firstlight.core.request import SamplingParams
 from firstlight.evaluate.machine import peak_rss_mb
+from firstlight.evaluate.peak import limit_s
 from firstlight.llm import LLM
-from firstlight.models.config import ModelConfig
 
 TEXT = "moby-dick-chapter-87.txt"
 
@@ -45,7 +45,7 @@ def measure(
 
     Speeds are medians; seconds in `ttft_s` and `tpot_s` are {median, min, max, samples}.
     """
-    _check(lengths, repeat, num_decode)
+    check(lengths, repeat, num_decode)
     for length in lengths:
         ids = prompt_of(llm, length)
         reports = []
@@ -53,15 +53,6 @@ def measure(
             tell(f"{length} tokens, {'warm-up' if n == 0 else f'{n} of {repeat}'}")
             reports.append(_one(llm, ids, num_decode))
         yield _row(llm, reports, peak_gflops)
-
-
-def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
-    """Multiplications and additions of a dense prefill: linears of all rows, causal attention, the head on one row."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    pairs = num_tokens * (num_tokens + 1) / 2
-    layers = config.num_layers * (2 * linears * num_tokens + 4 * q * pairs)
-    return layers + 2 * config.hidden_size * config.vocab_size
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
@@ -94,11 +85,13 @@ def _row(llm: LLM, reports: Sequence[dict[str, Any]], peak_gflops: float) -> dic
         "tpot_s": tpot,
         "density": steady[0]["attention"]["density"],
         "rss_mb": peak_rss_mb(),
-        "mfu": prefill_flops(llm.config, length) / prefill_s / (peak_gflops * 1e9),
+        "limit_s": limit_s(llm.config, length, peak_gflops),
+        "mfu": limit_s(llm.config, length, peak_gflops) / prefill_s,
     }
 
 
-def _check(lengths: Sequence[int], repeat: int, num_decode: int) -> None:
+def check(lengths: Sequence[int], repeat: int, num_decode: int) -> None:
+    """UserError unless there is something to measure."""
     if not lengths or min(lengths) < 1:
         raise UserError(f"prompt lengths {list(lengths)} are out of range; give 1 or more tokens")
     if repeat < 1 or num_decode < 1:
