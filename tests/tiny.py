@@ -1,7 +1,8 @@
-"""A tiny random llama, for tests of everything around the arithmetic."""
+"""A tiny random llama and its cousins, for tests of everything around the arithmetic."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +14,58 @@ from firstlight.engine.build import build_engine
 from firstlight.engine.engine import Engine
 from firstlight.kernels.dispatch import fastest
 from firstlight.models.config import ModelConfig
+from firstlight.models.decoder import Decoder
 from firstlight.models.families import build_model
-from firstlight.models.llama import Llama
+from firstlight.models.weights.checkpoint import tensor_shapes
+from firstlight.models.decoder import Decoder
 
 VOCABULARY = 320
 
 
-def tiny_config(num_layers: int = 2) -> ModelConfig:
-    return ModelConfig("llama", num_layers, 96, 192, 6, 2, 16, VOCABULARY, 1e-5, 10000.0, 8192, True)
+WINDOW = 90
+HYBRIDS = ("mistral", "gemma3")
+"""Families whose tiny model has window layers."""
 
 
-def tiny_weights(dtype: torch.dtype = torch.float32, num_layers: int = 2) -> dict[str, torch.Tensor]:
+def tiny_config(num_layers: int = 2, family: str = "llama") -> ModelConfig:
+    """A small model of a family; gemma3's last layer is global."""
+    shape = ModelConfig(family, num_layers, 96, 192, 6, 2, 16, VOCABULARY, 1e-5, 10000.0, 8192, tie_head=True)
+    layers = tuple(range(num_layers))
+    special: dict[str, dict[str, Any]] = {
+        "mistral": {"window": WINDOW, "local_layers": layers},
+        "qwen3_moe": {"num_experts": 5, "num_experts_used": 2, "intermediate_size": 64},
+        "gemma3": {"window": WINDOW, "local_layers": layers[:-1], "local_rope_theta": 500.0, "logit_cap": 20.0},
+    }
+    return replace(shape, **special.get(family, {}))
+
+
+def tiny_weights(
+    dtype: torch.dtype = torch.float32, num_layers: int = 2, family: str = "llama"
+) -> dict[str, torch.Tensor]:
     """Under Hugging Face's names."""
     generator = torch.Generator().manual_seed(5)
 
-    def weight(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.12).to(dtype)
+    def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        made = torch.randn(shape, generator=generator) * 0.12
+        if len(shape) > 1:
+            return made.to(dtype)
+        return 1 + made if "norm" in name and family != "gemma3" else made
 
-    weights = {"model.embed_tokens.weight": weight(VOCABULARY, 96), "model.norm.weight": torch.ones(96)}
-    shapes = {"self_attn.q_proj": (96, 96), "self_attn.k_proj": (32, 96), "self_attn.v_proj": (32, 96)}
-    shapes |= {"self_attn.o_proj": (96, 96), "mlp.gate_proj": (192, 96), "mlp.up_proj": (192, 96)}
-    shapes |= {"mlp.down_proj": (96, 192)}
-    for i in range(num_layers):
-        weights |= {f"model.layers.{i}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"model.layers.{i}.{norm}.weight"] = 1 + weight(96).float()
-    return weights
+    shapes = tensor_shapes(tiny_config(num_layers, family))
+    return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, num_layers: int = 2) -> Llama:
-    return build_model(tiny_config(num_layers), tiny_weights(dtype, num_layers), fastest(16))
+def tiny_model(dtype: torch.dtype = torch.float32, num_layers: int = 2, family: str = "llama") -> Decoder:
+    config, weights = tiny_config(num_layers, family), tiny_weights(dtype, num_layers, family)
+    return build_model(config, weights, fastest(16))
 
 
-def tiny_engine(**options: Any) -> Engine:
+def tiny_engine(family: str = "llama", num_layers: int = 2, **options: Any) -> Engine:
     """An engine over the tiny model, float32 unless told otherwise."""
     given = Options(**({"precision": "f32", "max_num_seqs": 8} | options))
     dtype = torch.float32 if given.precision == "f32" else torch.bfloat16
-    return build_engine(tiny_config(), tiny_weights(dtype), given, "tiny")
+    config, weights = tiny_config(num_layers, family), tiny_weights(dtype, num_layers, family)
+    return build_engine(config, weights, given, "tiny")
 
 
 def save_tiny(folder: Path, num_layers: int = 2) -> Path:

@@ -17,7 +17,7 @@ from firstlight.engine.admission import Limits
 from firstlight.engine.engine import Engine
 from firstlight.engine.forward import Machine
 from firstlight.engine.park import ParkStore
-from firstlight.models.llama import Llama
+from firstlight.models.decoder import Decoder
 from firstlight.reuse.prefix import PrefixCache
 from tests.path.laws import Chaos, Everything
 
@@ -45,8 +45,7 @@ class Watched(Engine):
         return super()._sample(lives, work)
 
 
-def engine(model: Llama, policy: Policy | None, columns: int, rows: Everything | None, cached: bool) -> Watched:
-
+def engine(model: Decoder, policy: Policy | None, columns: int, rows: Everything | None, cached: bool) -> Watched:
     config = model.config
     per_column = config.num_layers * config.num_kv_heads
     pool = Pool(columns * per_column, config.head_dim, model.dtype)
@@ -56,9 +55,9 @@ def engine(model: Llama, policy: Policy | None, columns: int, rows: Everything |
         pool,
         policy or make_schedule(Method("sarathi"), view),
         view,
-        Limits(8192, deterministic=True),
+        Limits(8192, deterministic=True, windows=model.windows),
         [rows.part()] if rows else [],
-        PrefixCache(pool, 64, b"law") if cached else None,
+        PrefixCache(pool, 64, b"law", model.windows) if cached else None,
     )
     made.seen = {}
     return made
@@ -86,7 +85,7 @@ def run(made: Watched, asked: list[Asked], chaos: int | None = None) -> Logits:
     return made.seen
 
 
-def one_shot(model: Llama, asked: list[Asked], rows: Everything | None = None) -> Logits:
+def one_shot(model: Decoder, asked: list[Asked], rows: Everything | None = None) -> Logits:
     """Each request alone, its prompt in one segment."""
     seen: Logits = {}
     for one in asked:
@@ -95,7 +94,7 @@ def one_shot(model: Llama, asked: list[Asked], rows: Everything | None = None) -
 
 
 def chaotic(
-    model: Llama, asked: list[Asked], seed: int, rows: Everything | None = None, cached: bool = False
+    model: Decoder, asked: list[Asked], seed: int, rows: Everything | None = None, cached: bool = False
 ) -> tuple[Logits, Chaos]:
     """All requests together, under a random legal schedule."""
     policy = Chaos(seed, model.config.num_layers)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from firstlight.kernels.dispatch import fastest
 from firstlight.models.families import build_model
-from firstlight.models.llama import Llama
+from firstlight.models.decoder import Decoder
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.store import load_weights
 from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled
@@ -30,17 +30,17 @@ seeds = st.integers(0, 10**6)
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
-def small(request: pytest.FixtureRequest) -> Llama:
+def small(request: pytest.FixtureRequest) -> Decoder:
     return tiny_model(DTYPES[request.param])
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
-def deep(request: pytest.FixtureRequest) -> Llama:
+def deep(request: pytest.FixtureRequest) -> Decoder:
     return tiny_model(DTYPES[request.param], num_layers=5)
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
-def real(request: pytest.FixtureRequest, smollm2_path) -> Llama:
+def real(request: pytest.FixtureRequest, smollm2_path) -> Decoder:
     checkpoint = open_checkpoint(smollm2_path)
     return build_model(checkpoint.config, load_weights(checkpoint, DTYPES[request.param]), fastest(64))
 
@@ -60,7 +60,7 @@ def example(seed: int, lengths: list[int], vocabulary: int) -> list[Asked]:
 
 @settings(max_examples=EXAMPLES)
 @given(seed=seeds)
-def test_any_schedule_gives_the_bits_of_one_dense_pass(small: Llama, seed: int) -> None:
+def test_any_schedule_gives_the_bits_of_one_dense_pass(small: Decoder, seed: int) -> None:
     asked = example(seed, LENGTHS, 320)
     got, _ = chaotic(small, asked, seed)
     assert differences(got, one_shot(small, asked)) == []
@@ -68,7 +68,7 @@ def test_any_schedule_gives_the_bits_of_one_dense_pass(small: Llama, seed: int) 
 
 @settings(max_examples=EXAMPLES)
 @given(seed=seeds)
-def test_the_same_with_a_prefix_cache(small: Llama, seed: int) -> None:
+def test_the_same_with_a_prefix_cache(small: Decoder, seed: int) -> None:
     asked = example(seed, LENGTHS[:-2], 320)
     got, _ = chaotic(small, asked, seed, cached=True)
     assert differences(only_sampled(got, asked), only_sampled(one_shot(small, asked), asked)) == []
@@ -76,7 +76,7 @@ def test_the_same_with_a_prefix_cache(small: Llama, seed: int) -> None:
 
 @settings(max_examples=EXAMPLES)
 @given(seed=seeds)
-def test_the_same_under_a_row_policy(deep: Llama, seed: int) -> None:
+def test_the_same_under_a_row_policy(deep: Decoder, seed: int) -> None:
     asked = example(seed, LENGTHS, 320)
     rows = Everything(seed, 5)
     got, _ = chaotic(deep, asked, seed, rows=rows)
@@ -89,7 +89,7 @@ def test_the_same_under_a_row_policy(deep: Llama, seed: int) -> None:
 
 @settings(max_examples=EXAMPLES)
 @given(seed=seeds)
-def test_the_same_on_the_real_model(real: Llama, seed: int) -> None:
+def test_the_same_on_the_real_model(real: Decoder, seed: int) -> None:
     lengths = [1, 31, 64, 65, 90, 130] if seed % 12 else [20, 2101]
     asked = example(seed, lengths, 49000)[: 4 if seed % 12 else 1]
     got, _ = chaotic(real, asked, seed)

@@ -63,29 +63,34 @@ class Pool:
         return ids
 
     def hold(self, ids: Ids) -> None:
+        ids = ids[ids > 0]
         self._num_cached -= int(np.count_nonzero(self._held[ids] == 0))
         self._held[ids] += 1
 
-    def release(self, ids: Ids) -> None:
+    def release(self, ids: Ids) -> int:
+        """One request fewer holds these blocks; how many nobody holds any more."""
         ids = ids[ids > 0]
         assert (self._held[ids] > 0).all(), "a block was released twice"
         self._held[ids] -= 1
         left = ids[self._held[ids] == 0]
         self._num_cached += int(np.count_nonzero(self._marked[left]))
         self._put_back(left[~self._marked[left]])
+        return len(left)
 
     def mark(self, ids: Ids) -> None:
+        ids = ids[ids > 0]
         assert (self._held[ids] > 0).all(), "only a held block can be given to the cache"
         self._marked[ids] = True
 
     def unmark(self, ids: Ids) -> None:
+        ids = ids[ids > 0]
         self._marked[ids] = False
         left = ids[self._held[ids] == 0]
         self._num_cached -= len(left)
         self._put_back(left)
 
     def num_idle(self, ids: Ids) -> int:
-        return int(np.count_nonzero(self._held[ids] == 0))
+        return int(np.count_nonzero(self._held[ids[ids > 0]] == 0))
 
     def shared(self, ids: Ids) -> NDArray[np.bool_]:
         """bool, shaped as `ids`: blocks that must be copied before a write."""

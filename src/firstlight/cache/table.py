@@ -1,7 +1,8 @@
 """One request's K/V: a block table row for each (layer, KV head), written by ordinal, read as views.
 
 As long as nothing was dropped a row is an identity: entry number = ordinal. A row that skips an ordinal becomes
-explicit: it stores the ordinal and position of each entry, sorted, and its blocks are its own.
+explicit: it stores the ordinal and position of each entry, sorted, and its blocks are its own. A row of a window layer
+is an identity whose first blocks are gone: entries are numbered as if they were there, the table says 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from firstlight.cache.pool import Ids, Pool
+from firstlight.cache.windows import Windows
 from firstlight.kernels.contract import KVView
 from firstlight.kernels.kv_layout import BLOCK
 
@@ -27,10 +29,15 @@ def blocks_for(entries: NDArray[Any] | int) -> Any:
 class RequestKV:
     """The table [L, Hkv, max_blocks] of one request over the pool."""
 
-    def __init__(self, pool: Pool, num_layers: int, num_kv_heads: int) -> None:
-        self.pool = pool
+    def __init__(self, pool: Pool, num_layers: int, num_kv_heads: int, windows: Windows | None = None) -> None:
+        self.pool, self.windows = pool, windows
         self.table = np.zeros((num_layers, num_kv_heads, 0), np.int32)
         self.num_blocks = np.zeros((num_layers, num_kv_heads), np.int64)
+        """Blocks up to each row's end, those that are gone from its beginning included."""
+        self._behind = np.zeros(num_layers, np.int64)
+        """Blocks below this number are behind the layer's window."""
+        self._gone = np.zeros(num_layers, np.int64)
+        """How many of them are gone; the others stay for the prefix cache."""
         self.length = np.zeros((num_layers, num_kv_heads), np.int64)
         self.reserved = 0
         """Blocks of the pool's reservation that are this request's."""
@@ -43,7 +50,8 @@ class RequestKV:
 
     @property
     def nbytes(self) -> int:
-        return int(self.num_blocks.sum()) * self.pool.block_nbytes
+        gone = int(self._gone.sum()) * self.table.shape[1]
+        return (int(self.num_blocks.sum()) - gone) * self.pool.block_nbytes
 
     @property
     def is_identity(self) -> bool:
@@ -59,8 +67,37 @@ class RequestKV:
         return int(self._lack(layers, more).sum())
 
     def provide(self, layers: tuple[int, int], more: int) -> None:
-        """Take the blocks that rows of these layers lack for `more` entries: whole columns while all are alike."""
+        """Take the blocks that rows of these layers lack for `more` entries: whole columns while all are alike.
+
+        Window layers take theirs when they are written, one after the other, unless it is the next token's only.
+        """
         lack = self._lack(layers, more)
+        if self.windows is not None and more > 1:
+            lack[self.windows.layers[layers[0] : layers[1]]] = 0
+        self._fill(layers, lack)
+
+    def leave_behind(self, layer: int, done: int) -> None:
+        """Free the blocks of a window layer that rows from ordinal `done` on can't read; they stay promised."""
+        if self.windows is None or not self.windows.layers[layer]:
+            return
+        first, old = self.windows.first(done), int(self._behind[layer])
+        if first <= old:
+            return
+        blocks = np.arange(old, first)
+        blocks = blocks[~self.windows.stays(blocks)]
+        freed = self.pool.release(self.table[layer][:, blocks].ravel())
+        self.table[layer][:, blocks] = 0
+        self._behind[layer] = first
+        self._gone[layer] += len(blocks)
+        self.reserve(self.reserved + freed)
+
+    def settle(self) -> None:
+        """Tokens come one by one from now on: of a promise over windows only the next one's blocks stay."""
+        if self.windows is not None:
+            self.reserve(min(self.reserved, self.missing((0, self.table.shape[0]), 1)))
+
+    def _fill(self, layers: tuple[int, int], lack: NDArray[np.int64]) -> None:
+        """Take lack [layers, Hkv] blocks for the ends of rows."""
         count = int(lack.sum())
         if count == 0:
             return
@@ -78,17 +115,22 @@ class RequestKV:
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def adopt(self, columns: Sequence[Ids], num_tokens: int) -> None:
-        """Begin with shared columns [L, Hkv] each, which hold the first `num_tokens` ordinals."""
+        """Begin with shared columns [L, Hkv] each, which hold the first `num_tokens` ordinals.
+
+        Columns behind a window have no block (0) in window layers.
+        """
         assert self.table.shape[2] == 0, "only an empty table adopts"
         if columns:
             self.table = np.stack(columns, axis=2)
+            self._behind[:] = self._gone[:] = (self.table[:, 0] == 0).sum(-1)
             self.num_blocks[:] = len(columns)
             self.length[:] = num_tokens
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def copy_column(self, source: Ids, num_tokens: int) -> None:
         """Append a copy of a column [L, Hkv] of which the first entries count: the table then holds `num_tokens`."""
-        self.provide((0, self.table.shape[0]), num_tokens - int(self.length[0, 0]))
+        everywhere = (0, self.table.shape[0])
+        self._fill(everywhere, self._lack(everywhere, num_tokens - int(self.length[0, 0])))
         target = self.table[:, :, -1]
         self.pool.layout.copy(_long(source), _long(target))
         self.length[:] = num_tokens
@@ -109,15 +151,18 @@ class RequestKV:
         self.table = self.table[:, :, :0]
         self.num_blocks[:] = 0
         self.length[:] = 0
+        self._behind[:] = self._gone[:] = 0
         self._explicit.clear()
 
     # --- cells ----------------------------------------------------------------------------------------------------
 
     def write(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending); the blocks have been provided."""
+        """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending); a window layer takes its blocks now."""
         if len(tok) == 0:
             return
         first, last, length = int(tok[0]), int(tok[-1]), int(self.length[layer, 0])
+        if self.windows is not None and self.windows.layers[layer]:
+            self._fill((layer, layer + 1), self._lack((layer, layer + 1), last + 1 - length))
         if layer not in self._explicit:
             if last - first + 1 == len(tok) and first <= length:
                 self._put(layer, None, tok.numpy(), k, v)
@@ -130,11 +175,14 @@ class RequestKV:
     def slots(self, layers: tuple[int, int], tok: Tensor) -> Tensor | None:
         """Where ordinals tok i64 [n] go in each of these layers, i64 [layers, n, Hkv], ready for `put`.
 
-        None if the rows aren't identities that these ordinals continue or overwrite; `write` then sorts it out.
+        None if the rows aren't identities that these ordinals continue or overwrite, or if window layers will take
+        blocks for them; `write` then sorts it out.
         """
         lo, hi = layers
         first, last = int(tok[0]), int(tok[-1])
         if self._explicit or last - first + 1 != len(tok) or first > int(self.length[lo:hi].min()):
+            return None
+        if self.windows is not None and (self.num_blocks[lo:hi] * BLOCK <= last).any():
             return None
         for layer in range(lo, hi):
             self._own(layer, None, first // BLOCK, last // BLOCK + 1)
@@ -220,6 +268,7 @@ class RequestKV:
         self.pool.release(old)
 
     def _make_explicit(self, layer: int) -> None:
+        assert self.windows is None, "rows that parts cut keep what is behind windows"
         tok = self.ordinals(layer).clone()
         self._explicit[layer] = (tok, tok.clone())
 

@@ -15,8 +15,8 @@ class BlockPool(Protocol):
         """One request more holds these blocks."""
         ...
 
-    def release(self, ids: NDArray[Any]) -> None:
-        """One request fewer; what nobody holds and no cache marks is free."""
+    def release(self, ids: NDArray[Any]) -> int:
+        """One request fewer; what nobody holds and no cache marks is free. How many blocks nobody holds any more."""
         ...
 
     def mark(self, ids: NDArray[Any]) -> None:

@@ -6,11 +6,13 @@ Between a request's arrival and its first row. The policy decides when; this say
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from firstlight.cache.pool import Pool
 from firstlight.cache.table import RequestKV, blocks_for
+from firstlight.cache.windows import Windows
 from firstlight.core.config import format_bytes
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Part, recipe
@@ -29,6 +31,8 @@ class Limits:
     seed: int = 0
     deterministic: bool = False
     model_digest: str = ""
+    windows: tuple[int | None, ...] = ()
+    """The window of each layer; None = reads all."""
 
 
 class Admission:
@@ -40,6 +44,12 @@ class Admission:
         self.pool, self.config, self.limits, self.parts, self.cache = pool, config, limits, list(parts), cache
         self._last_rows = max((p.capability.last_rows for p in parts), default=0)
         self._publishes = all(p.capability.prefix_stable for p in parts)
+        # Parts that cut, revive or keep cells choose among all of them: for these nothing goes behind a window.
+        keeps_all = any(p.seam in ("tokens", "cache") for p in parts)
+        self.windows = None if keeps_all else Windows.of(limits.windows, cached=cache is not None and self._publishes)
+        local = 0 if self.windows is None else int(self.windows.layers.sum())
+        self._lasting = config.blocks_per_column // config.num_layers * (config.num_layers - local)
+        """Blocks of a column that a request holds until it ends."""
         self.root = b""
         """Where this engine's chains of columns begin: model, dtype, recipe."""
         if cache is not None:
@@ -60,7 +70,7 @@ class Admission:
             have, lack = (format_bytes(n * self.pool.block_nbytes) for n in (self.pool.total, need))
             raise UserError(f"the prompt's KV needs {lack}, the pool has {have}; give more with --kv-memory")
         layers = self.config.num_layers
-        kv = RequestKV(self.pool, layers, self.config.blocks_per_column // layers)
+        kv = RequestKV(self.pool, layers, self.config.blocks_per_column // layers, self.windows)
         return LiveRequest(request, kv, layers, self.parts, self.limits.seed)
 
     def arrival(self, live: LiveRequest) -> Arrival:
@@ -81,44 +91,53 @@ class Admission:
         )
 
     def blocks(self, tokens: int) -> int:
-        """Blocks of whole columns for so many tokens."""
+        """Blocks that a request of so many tokens holds at most: whole columns, less what goes behind windows."""
+        if self.windows is not None:
+            return self.windows.promise(tokens, self.config.blocks_per_column // self.config.num_layers)
         return int(blocks_for(tokens)) * self.config.blocks_per_column
 
     def longest(self) -> int:
         """Tokens at which a request ends: the context, or all that the pool could hold of it alone."""
-        columns = self.pool.total // self.config.blocks_per_column
-        return min(self.limits.max_model_len, columns * self.config.block_size)
+        block = self.config.block_size
+        columns = range(1, self.limits.max_model_len // block + 2)
+        fitting = bisect_right(columns, self.pool.total, key=lambda n: self.blocks(n * block))
+        return min(self.limits.max_model_len, fitting * block)
 
     def admit(self, live: LiveRequest) -> bool:
         """Look the prefix up and pin it, reserve the rest of the prompt's blocks. False if they aren't there."""
         began = time.perf_counter()
-        hit, block = self._find(live), self.config.block_size
-        most = min(hit.num_tokens, live.num_prompt)
-        # What a hit pins may be all that the rest could have been put into: then less of it must do.
-        tries = dict.fromkeys((most, most // block * block, 0))
-        held = next((tokens for tokens in tries if self._adopt(live, hit, tokens)), None)
-        if held is None:
+        hit = self._find(live)
+        got = next((tried for tried in self._tries(live, hit) if self._adopt(live, tried)), None)
+        if got is None:
             return False
-        if held < most:
+        held = got.num_tokens
+        live.miss_reason = hit.reason
+        if held < hit.num_tokens:
             live.miss_reason = f"no room for more than {held} cached tokens beside what is new"
-        reusable = 0 if live.request.recompute_cached else live.num_prompt - max(1, self._last_rows)
-        live.held, live.n_cached = held, max(0, min(held, reusable))
+        live.held, live.n_cached = held, max(0, min(held, live.num_prompt - self._fresh_rows(live)))
         live.f = [live.n_cached] * len(live.f)
         if not live.stamps.first_unit:  # once it runs, admissions after a preemption are no wait for a first row
             live.stamps.reuse_s += time.perf_counter() - began
         return True
 
-    def _adopt(self, live: LiveRequest, hit: Hit, held: int) -> bool:
-        """Begin with the hit's first `held` tokens and reserve the rest; False, and nothing done, if it can't be."""
-        block, per_column = self.config.block_size, self.config.blocks_per_column
-        whole = hit.columns[: held // block]
+    def _tries(self, live: LiveRequest, hit: Hit) -> Iterator[Hit]:
+        """What a hit pins may be all that the rest could have been put into: then less of it must do."""
+        yield hit
+        if hit.partial is not None:
+            yield self._find(live, len(hit.columns) * self.config.block_size)
+        if hit.num_tokens:
+            yield Hit()
+
+    def _adopt(self, live: LiveRequest, hit: Hit) -> bool:
+        """Begin with the hit's tokens and reserve the rest; False, and nothing done, if it can't be."""
+        block, held, whole = self.config.block_size, hit.num_tokens, hit.columns
         # The last column is only begun: the request gets a copy, since it will write into it.
-        source = hit.partial if held % block else None
+        source = hit.partial
         pinned = [column.ravel() for column in (*whole, source) if column is not None]
         for column in pinned:
             self.pool.hold(column)
-        # A retention rewrites what it keeps, so in the end nothing is shared.
-        shared = 0 if live.retention is not None else len(whole) * per_column
+        # A retention rewrites what it keeps, so in the end nothing is shared. Nor is what goes behind a window.
+        shared = 0 if live.retention is not None else len(whole) * self._lasting
         need = self.blocks(live.num_known + 1) - shared
         if need > self.pool.available:
             for column in pinned:
@@ -131,17 +150,18 @@ class Admission:
             self.pool.release(source.ravel())
         return True
 
-    def _find(self, live: LiveRequest) -> Hit:
-        """What the prefix cache holds of a prompt, and why not more."""
+    def _find(self, live: LiveRequest, limit: int | None = None) -> Hit:
+        """What the prefix cache holds of a prompt's first `limit` tokens (None: of all), and why not more."""
         if self.cache is None:
-            live.miss_reason = "the prefix cache is off"
-            return Hit()
+            return Hit(reason="the prefix cache is off")
         if not self._publishes or live.barriers:
-            live.miss_reason = "a method in use makes cells that depend on later tokens"
-            return Hit()
-        hit = self.cache.match(self.root, live.request.prompt_ids)
-        live.miss_reason = hit.reason
-        return hit
+            return Hit(reason="a method in use makes cells that depend on later tokens")
+        window = None if self.windows is None else self.windows.size
+        return self.cache.match(self.root, live.request.prompt_ids, self._fresh_rows(live), window, limit)
+
+    def _fresh_rows(self, live: LiveRequest) -> int:
+        """Rows at the prompt's end that are computed, whatever is held."""
+        return live.num_prompt if live.request.recompute_cached else max(1, self._last_rows)
 
     def publish_prompt(self, live: LiveRequest) -> None:
         """A prefilled prompt's full columns serve others from now on; nobody writes them any more."""

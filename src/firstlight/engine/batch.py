@@ -17,7 +17,7 @@ from firstlight.core.schedule import Segment
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.rates import padded
 from firstlight.kernels.contract import AttnRows
-from firstlight.models.llama import Llama
+from firstlight.models.decoder import Decoder
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows [lo, hi) of a batch, as row-local operators take them: views into it."""
+    """Rows [lo, hi) of a batch, as row-local operators take them: views into it. cos, sin [RoPE bases, n, d]."""
 
     lo: int
     hi: int
@@ -83,7 +83,7 @@ class Block:
 class Batch:
     """x [N, D] and what travels with each row. The buffer has a few zero rows more, so that blocks can be padded."""
 
-    def __init__(self, members: list[Member], model: Llama) -> None:
+    def __init__(self, members: list[Member], model: Decoder) -> None:
         self.members = sorted(members, key=_order)
         self.n = sum(len(m.tok) for m in members)
         self.governed = [m for m in self.members if m.live.policies]
@@ -112,7 +112,7 @@ class Batch:
         """The rows in blocks of `step`; the last one reaches into the padding. Cut once for all layers."""
         if step not in self._blocks:
             ends = [(lo, min(lo + step, lo + padded(self.n - lo))) for lo in range(0, max(self.n, 1), step)]
-            self._blocks[step] = [Block(lo, hi, self.x[lo:hi], self.cos[lo:hi], self.sin[lo:hi]) for lo, hi in ends]
+            self._blocks[step] = [Block(lo, hi, self.x[lo:hi], self.cos[:, lo:hi], self.sin[:, lo:hi]) for lo, hi in ends]
         return self._blocks[step]
 
     def scratch(self, name: str, shape: Sequence[int]) -> Tensor:

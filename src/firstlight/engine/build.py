@@ -32,13 +32,13 @@ def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Op
     """An engine over a model's weights (in the options' precision). Raises UserError on settings that can't be."""
     ops = fastest(config.head_dim)
     parts = make_parts(options.methods)
-    model = build_model(config, weights, ops)
+    max_len = min(options.max_model_len or config.max_context, config.max_context)
+    model = build_model(config, weights, ops, served=max_len)
     if options.deterministic and (broken := ops.dependent_linears(model.linears)):
         raise UserError(
             f"--deterministic can't hold: {', '.join(sorted(broken))} change bits with rows or threads; "
             "start a fresh process, so that the instruction set can be capped before the first operator"
         )
-    max_len = min(options.max_model_len or config.max_context, config.max_context)
     column = config.num_layers * config.num_kv_heads
     block_nbytes = KVLayout.block_nbytes(config.head_dim, model.dtype)
     total = num_blocks(options, max_len, column, block_nbytes, BLOCK)
@@ -59,8 +59,8 @@ def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Op
         pool,
         make_schedule(method, view_config),
         view_config,
-        Limits(max_len, options.seed, options.deterministic, digest),
+        Limits(max_len, options.seed, options.deterministic, digest, model.windows),
         parts,
-        PrefixCache(pool, BLOCK, os.urandom(16)) if options.prefix_cache == "on" else None,
+        PrefixCache(pool, BLOCK, os.urandom(16), model.windows) if options.prefix_cache == "on" else None,
         EventLog(options.event_log, view_config) if options.event_log else None,
     )

@@ -378,6 +378,8 @@ class Engine:
 
     def _grow(self, live: LiveRequest) -> int:
         """Blocks that the next token's row takes beyond what is reserved."""
+        if live.f[-1] == live.num_known - 1:
+            live.kv.settle()
         return max(live.kv.missing((0, len(live.f)), 1) - live.kv.reserved, 0)
 
     def _tell_cut(self, live: LiveRequest, layer: int, tok: torch.Tensor, n_parked: int) -> None:

@@ -26,7 +26,7 @@ from firstlight.engine.park import ParkStore
 from firstlight.engine.probes import Probes
 from firstlight.engine.rates import SLICE_S, Rate
 from firstlight.kernels.contract import AttnCall, AttnRows
-from firstlight.models.llama import Llama
+from firstlight.models.decoder import Decoder
 
 _HEAD_ROWS = 256
 """Rows of prompt logits made at a time."""
@@ -45,7 +45,7 @@ class Stop:
 class Machine:
     """What passes run on: the model, the operators, the park store and the measured speeds."""
 
-    model: Llama
+    model: Decoder
     ops: ModuleType
     park: ParkStore
     linear: Rate = field(default_factory=Rate)
@@ -222,6 +222,7 @@ class Pass:
             out=out[lo:hi],
             scale=model.scale,
             plan=plan,
+            model_window=model.windows[layer],
             probe=probes.rows(members),
         )
 
@@ -248,9 +249,10 @@ class Pass:
         """Density is reported for prompts: their requests have a call of their own, or read everything."""
         for i, m in enumerate(members):
             if not m.decode:
-                tok = call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]]
-                share = int((tok + 1).sum()) * call.q.shape[1]
-                m.live.stats.dense += share
+                read = call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]] + 1
+                m.live.stats.dense += int(read.sum()) * call.q.shape[1]
+                read = read if call.model_window is None else read.clamp(max=call.model_window)
+                share = int(read.sum()) * call.q.shape[1]
                 m.live.stats.visible += share if len(members) > 1 else call.stats.visible
 
     def _finish(self, layer: int, batch: Batch, attended: Tensor) -> Iterator[Stop]:
@@ -262,12 +264,14 @@ class Pass:
             yield Stop("slice", layer, "mlp")
 
     def _after(self, layer: int, batch: Batch, probes: Probes, aside: list[tuple[Member, Tensor, Tensor]]) -> None:
-        """Cuts take effect, rows that skipped come back, barriers and retention decide."""
+        """Cuts take effect, rows that skipped come back, barriers and retention decide, windows move on."""
         for m in batch.observed:
             if self._row_cuts.apply(m, layer):
                 self._batch = None
             if m.live.retention is not None and m.final and not m.decode:
                 self._retain(layer, m, probes.obs(m))
+        for m in batch.members if self.machine.model.windows[layer] else ():
+            m.live.kv.leave_behind(layer, m.segment.tok[1])
         for m, tok, x in aside:
             m.insert(tok, x)
             self._batch = None

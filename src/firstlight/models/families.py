@@ -4,15 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
+from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig
-from firstlight.models.llama import Llama
+from firstlight.models.decoder import Decoder
+from firstlight.models.gemma3 import Gemma3
+from firstlight.models.llama import Llama, Mistral
+from firstlight.models.qwen2 import Qwen2
+from firstlight.models.qwen3 import Qwen3
+from firstlight.models.qwen3_moe import Qwen3Moe
 
-FAMILIES = {"llama": Llama}
+FAMILIES: dict[str, type[Decoder]] = {
+    "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen3_moe": Qwen3Moe,
+    "gemma3": Gemma3,
+}
+_OTHER_NAMES = {"qwen3moe": "qwen3_moe", "gemma3_text": "gemma3"}
+"""What GGUF files or text-only configs call them."""
 
 
-def build_model(config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType) -> Llama:
-    """The model of a config, its weights packed for a backend."""
-    return FAMILIES[config.architecture](config, weights, backend)
+def family_name(architecture: Any) -> str:
+    """The key in FAMILIES of what a model file calls its architecture; UserError if there is none."""
+    name = _OTHER_NAMES.get(architecture, architecture) if isinstance(architecture, str) else ""
+    if name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"architecture {architecture!r} is not supported; use a model of a supported one ({known})")
+    return name
+
+
+def build_model(
+    config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType, served: int | None = None
+) -> Decoder:
+    """The model of a config, its weights packed for a backend; `served`: the longest context that it will see."""
+    return FAMILIES[config.architecture](config, weights, backend, served=served)

@@ -3,6 +3,9 @@
 A column's key is the hash of its parent's key and its own ids, so a key names a whole prefix. The chain's root holds
 the salt, the model and the recipe: K/V made under an approximate method are never found by an exact request. The last
 column of a prefix may be partial; a request that shares only its beginning gets a copy of it.
+
+A column of a model with window layers has no block (0) where a window has moved on. A hit ends only where the last
+window of every such layer is held, beside every block of the others.
 """
 
 from __future__ import annotations
@@ -24,13 +27,15 @@ _REMEMBERED = 4096
 
 @dataclass(slots=True)
 class Node:
-    """One cached column: `ids` are its tokens (64, fewer in a last column), `column` its blocks [L, Hkv]."""
+    """One cached column: `ids` are its tokens (64, fewer in a last column), `column` its blocks [L, Hkv], 0 = none."""
 
     key: bytes
     parent: bytes
     depth: int
     ids: Ids
     column: Ids
+    is_whole: bool
+    """Whether no window has moved past it."""
     last_used: int = 0
     children: dict[bytes, Node] = field(default_factory=dict)
 
@@ -48,8 +53,10 @@ class Hit:
 class PrefixCache:
     """Hash chains over a pool: publishing marks columns, matching finds them, eviction takes the oldest leaves."""
 
-    def __init__(self, pool: BlockPool, block: int, salt: bytes) -> None:
+    def __init__(self, pool: BlockPool, block: int, salt: bytes, windows: Sequence[int | None] = ()) -> None:
+        """`windows`: the window of each layer; None = reads all."""
         self._pool, self._block, self._salt = pool, block, salt
+        self._local = [layer for layer, window in enumerate(windows) if window is not None]
         self._nodes: dict[bytes, Node] = {}
         self._roots: dict[bytes, dict[bytes, Node]] = {}
         self._evicted: dict[bytes, None] = {}
@@ -62,26 +69,57 @@ class PrefixCache:
         """The key that a chain starts from: model, dtype, recipe."""
         return hashlib.sha256(self._salt + "\0".join(facts).encode()).digest()
 
-    def match(self, root: bytes, ids: Sequence[int]) -> Hit:
-        """The longest cached prefix of `ids` under this root."""
+    def match(
+        self, root: bytes, ids: Sequence[int], rows: int = 1, window: int | None = None, limit: int | None = None
+    ) -> Hit:
+        """The longest cached prefix of `ids` under this root, of at most `limit` tokens (None: any).
+
+        The last `rows` tokens are computed in any case. They and what follows read `window` tokens in window layers;
+        None = all.
+        """
         self._clock += 1
         tokens, at, parent = np.asarray(ids, np.int64), 0, root
-        columns: list[Ids] = []
+        path: list[Node] = []
         while at + self._block <= len(tokens):
             node = self._nodes.get(self._key(parent, tokens[at : at + self._block]))
             if node is None:
                 break
-            node.last_used = self._clock
-            columns.append(node.column)
+            path.append(node)
             at, parent = at + self._block, node.key
         near, shared = self._closest(parent, root, tokens[at:])
-        if near is not None:
-            near.last_used = self._clock
-        partial = None if near is None else near.column
-        return Hit(tuple(columns), partial, at + shared, self._why(root, parent, tokens, at, shared))
+        path += [] if near is None else [near]
+        for node in path:
+            node.last_used = self._clock
+        found = at + shared if limit is None else min(at + shared, limit)
+        end, first = self._reach(path, found, len(tokens) - rows, window)
+        whole, rest = divmod(end, self._block)
+        columns = [self._behind(n.column) if b < first else n.column for b, n in enumerate(path[:whole])]
+        why = self._why(root, parent, tokens, at, shared) if end == found else f"no window is kept at token {found}"
+        return Hit(tuple(columns), path[whole].column if rest else None, end, why)
+
+    def _reach(self, path: Sequence[Node], found: int, last: int, window: int | None) -> tuple[int, int]:
+        """Where a hit on these columns can end, `found` tokens in at most, and the first column whose windows count.
+
+        Rows from `last` on are computed anew, whatever is held.
+        """
+        for number in reversed(range(-(-found // self._block))):
+            end = min(found, (number + 1) * self._block)
+            first = 0 if window is None else max(0, min(end, last) - window + 1) // self._block
+            if all(node.is_whole for node in path[first : number + 1]):
+                return end, first
+        return 0, 0
+
+    def _behind(self, column: Ids) -> Ids:
+        """A column without the blocks of window layers."""
+        column = column.copy()
+        column[self._local] = 0
+        return column
 
     def publish(self, root: bytes, ids: Sequence[int], column: Callable[[int], Ids]) -> None:
-        """Keep the columns of these tokens; `column(b)` are the blocks of column b. Known columns stay as they are."""
+        """Keep the columns of these tokens; `column(b)` are the blocks of column b.
+
+        Known columns stay as they are, but for windows that had moved on and are held now.
+        """
         self._clock += 1
         tokens, parent = np.asarray(ids, np.int64), root
         for number in range(-(-len(tokens) // self._block)):
@@ -92,6 +130,8 @@ class PrefixCache:
                 if len(part) < self._block and self._closest(parent, root, part)[1] == len(part):
                     return
                 node = self._add(key, parent, root, number, part, column(number))
+            elif not node.is_whole:
+                self._complete(node, column(number))
             node.last_used = self._clock
             parent = key
 
@@ -130,10 +170,17 @@ class PrefixCache:
 
     def _add(self, key: bytes, parent: bytes, root: bytes, depth: int, ids: Ids, column: Ids) -> Node:
         self._pool.mark(column.ravel())
-        node = Node(key, parent if parent != root else root, depth, ids.copy(), column)
+        node = Node(key, parent, depth, ids.copy(), column, is_whole=bool((column > 0).all()))
         self._siblings(parent, root)[key] = node
         self._nodes[key] = node
         return node
+
+    def _complete(self, node: Node, column: Ids) -> None:
+        """Take the blocks that a known column lacks."""
+        fresh = np.where(node.column == 0, column, 0)
+        self._pool.mark(fresh.ravel())
+        node.column = node.column + fresh
+        node.is_whole = bool((node.column > 0).all())
 
     def _drop(self, node: Node) -> int:
         """Forget a node and all below it; how many blocks that frees."""

@@ -15,26 +15,17 @@ import numpy as np
 import torch
 
 from firstlight.core.errors import UserError
-from firstlight.models.config import ModelConfig, config_from_gguf, config_from_hf
+from firstlight.models.config import ModelConfig
+from firstlight.models.decoder import tensor_names
+from firstlight.models.families import FAMILIES
+from firstlight.models.reading import ROPE_TENSORS, config_from_gguf, config_from_hf
 from firstlight.models.weights.digest import digest_of
 from firstlight.models.weights.gguf import TensorInfo
 from firstlight.models.weights.shards import card_license, open_tensors, read_json, shards
 from firstlight.models.weights.split import GGUFModel
 
 _HEAD = "lm_head.weight"
-# Hugging Face name: GGUF name; {} is the layer.
-_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_INNER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_EXPERTS = ".mlp.experts."
 
 
 class Checkpoint(Protocol):
@@ -74,25 +65,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a llama-family model must have, with its shape ([out, in] for a linear)."""
-    hidden, ffn, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    return shapes if config.tie_head else {**shapes, _HEAD: (config.vocab_size, hidden)}
+    """Every tensor that a model must have, with its shape ([out, in] for a linear)."""
+    return {name: shape for name, (_, shape) in tensor_names(FAMILIES[config.architecture], config).items()}
 
 
 def _check_shapes(
@@ -110,13 +84,9 @@ def _check_shapes(
         raise UserError(f"{path}: tensor {min(unused)!r} belongs to no supported architecture; use another model")
 
 
-def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face tensor name."""
-    stem = name.removesuffix(".weight")
-    if stem in _OUTER:
-        return f"{_OUTER[stem]}.weight"
-    _, _, index, part = stem.split(".", 3)
-    return f"blk.{index}.{_INNER[part]}.weight"
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """Hugging Face name -> GGUF name of every tensor that a model must have."""
+    return {name: gguf for name, (gguf, _) in tensor_names(FAMILIES[config.architecture], config).items()}
 
 
 class GGUFCheckpoint:
@@ -126,13 +96,19 @@ class GGUFCheckpoint:
         self.path = path
         self.file = GGUFModel(path)
         metadata, tensors = self.file.metadata, self.file.tensors
-        self.config = config_from_gguf(metadata, tie_head="output.weight" not in tensors)
+        divisors = {setting: f"{name}.weight" for name, setting in ROPE_TENSORS.items() if f"{name}.weight" in tensors}
+        self.config = config_from_gguf(
+            metadata,
+            tie_head="output.weight" not in tensors,
+            divisors={setting: self._stored(name).flatten().tolist() for setting, name in divisors.items()},
+        )
         stated = metadata.get("general.license")
         self.license = stated if isinstance(stated, str) else None
         self.shapes = tensor_shapes(self.config)
         self.tokenizer_source = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-        self._infos = {name: tensors[gguf_name(name)] for name in self.shapes if gguf_name(name) in tensors}
-        unused = tensors.keys() - {info.name for info in self._infos.values()}
+        stored = gguf_names(self.config)
+        self._infos = {name: tensors[gguf] for name, gguf in stored.items() if gguf in tensors}
+        unused = tensors.keys() - {*stored.values(), *divisors.values()}
         _check_shapes(path, self.shapes, {name: info.shape for name, info in self._infos.items()}, unused)
 
     @property
@@ -147,13 +123,12 @@ class GGUFCheckpoint:
         return list(self.shapes)
 
     def tensor(self, name: str) -> torch.Tensor:
-        info = self._infos[name]
-        values = _dequantise(self.file.raw(info.name), info)
-        if ".q_proj." in name:
-            return _unpermute(values, self.config.num_heads)
-        if ".k_proj." in name:
-            return _unpermute(values, self.config.num_kv_heads)
-        return values
+        family = FAMILIES[self.config.architecture]
+        return family.from_gguf(self.config, name, self._stored(self._infos[name].name))
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A tensor by its GGUF name, float32, as the file lays it out."""
+        return _dequantise(self.file.raw(name), self.file.tensors[name])
 
 
 def _dequantise(raw: np.ndarray, info: TensorInfo) -> torch.Tensor:
@@ -166,12 +141,6 @@ def _dequantise(raw: np.ndarray, info: TensorInfo) -> torch.Tensor:
 
     values = dequantize(raw, GGMLQuantizationType[info.type])
     return torch.from_numpy(values.reshape(info.shape)).float()
-
-
-def _unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of [num_heads * head_dim, in] from interleaved rotary pairs (GGUF) to halves (Hugging Face)."""
-    pairs = weight.view(num_heads, -1, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 class SafetensorsCheckpoint:
@@ -187,9 +156,10 @@ class SafetensorsCheckpoint:
         self._handles = open_tensors(self._files)
         if self.config.tie_head:  # some exporters store the tied head again
             self._handles.pop(_HEAD, None)
-        found = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
-        unused = {name for name in found.keys() - self.shapes.keys() if not name.endswith("rotary_emb.inv_freq")}
-        _check_shapes(path, self.shapes, found, unused)
+        self._pieces = {name: _pieces(name, shape) for name, shape in self.shapes.items()}
+        pieces = {piece for each in self._pieces.values() for piece in each}
+        unused = {name for name in self._handles.keys() - pieces if not name.endswith("rotary_emb.inv_freq")}
+        _check_shapes(path, self._piece_shapes(), self._found(), unused)
 
     @property
     def digest(self) -> str:
@@ -197,11 +167,32 @@ class SafetensorsCheckpoint:
 
     @property
     def types(self) -> dict[str, str]:
-        return {name: str(self._handles[name].get_slice(name).get_dtype()) for name in self.names()}
+        first = {name: pieces[0] for name, pieces in self._pieces.items()}
+        return {name: str(self._handles[piece].get_slice(piece).get_dtype()) for name, piece in first.items()}
 
     def names(self) -> list[str]:
         return list(self.shapes)
 
     def tensor(self, name: str) -> torch.Tensor:
-        values: torch.Tensor = self._handles[name].get_tensor(name)
-        return values.to(torch.float32, copy=True)
+        pieces = self._pieces[name]
+        if len(pieces) > 1:
+            return torch.stack([self._handles[piece].get_tensor(piece).float() for piece in pieces])
+        values: torch.Tensor = self._handles[pieces[0]].get_tensor(pieces[0])
+        return values.to(torch.float32, copy=True).view(self.shapes[name])
+
+    def _found(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
+
+    def _piece_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes as they must be in the files."""
+        return {
+            piece: self.shapes[name][1:] if _EXPERTS in name else self.shapes[name]
+            for name, pieces in self._pieces.items()
+            for piece in pieces
+        }
+
+
+def _pieces(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Where a tensor lies in the files: experts are stored one by one, in all else a tensor is a tensor."""
+    before, experts, after = name.partition(_EXPERTS)
+    return [f"{before}{experts}{i}.{after}" for i in range(shape[0])] if experts else [name]

@@ -1,0 +1,227 @@
+"""The layer math that all families share, on blocks of rows; the executor owns the loop.
+
+A layer is two halves around attention: `qkv` (norm, projections, rotation) and `finish` (output projection, MLP). Both
+are row-local: a row's result doesn't depend on the rows beside it. The residual stream is float32 whatever the compute
+type: sixty roundings to bf16 cost half of its distance to a float32 run.
+
+A family is a class that derives from `Decoder` in a file of its own and says what is different: which tensors a layer
+has, how model files state its settings, and the steps that it does in another way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from firstlight.models.config import ModelConfig
+from firstlight.models.fields import Fields
+from firstlight.models.rope import rope_table
+
+LayerTensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Hugging Face name of a layer's tensor -> its GGUF name and its shape ([out, in] for a linear)."""
+Settings = dict[str, Any]
+"""Fields of `ModelConfig` by name."""
+_RESCORED = 64
+"""Tokens a row whose logits are made in float32."""
+
+
+class Decoder:
+    """A llama-like model: weights packed for a backend, and the halves of a layer.
+
+    Shapes: n rows, D hidden, Hq / Hkv heads of d. Weights come under Hugging Face's names, [out, in].
+    """
+
+    activation: ClassVar[str] = "silu"
+    """As config.json names it."""
+    tied: ClassVar[bool] = False
+    """Whether the head is the embedding where config.json doesn't say."""
+
+    # --- what a family says about its files ---------------------------------------------------------------------------
+
+    @classmethod
+    def layer_tensors(cls, c: ModelConfig) -> LayerTensors:
+        """The tensors of each layer."""
+        hidden, ffn, q, kv = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        return {
+            "input_layernorm.weight": ("attn_norm.weight", (hidden,)),
+            "self_attn.q_proj.weight": ("attn_q.weight", (q, hidden)),
+            "self_attn.k_proj.weight": ("attn_k.weight", (kv, hidden)),
+            "self_attn.v_proj.weight": ("attn_v.weight", (kv, hidden)),
+            "self_attn.o_proj.weight": ("attn_output.weight", (hidden, q)),
+            "post_attention_layernorm.weight": ("ffn_norm.weight", (hidden,)),
+            "mlp.gate_proj.weight": ("ffn_gate.weight", (ffn, hidden)),
+            "mlp.up_proj.weight": ("ffn_up.weight", (ffn, hidden)),
+            "mlp.down_proj.weight": ("ffn_down.weight", (hidden, ffn)),
+        }
+
+    @classmethod
+    def hf_settings(cls, f: Fields) -> Settings:
+        """What config.json says beyond the common settings, or instead of them."""
+        return {}
+
+    @classmethod
+    def gguf_settings(cls, f: Fields) -> Settings:
+        """The same of GGUF metadata, whose keys come without the architecture's name."""
+        return {}
+
+    @classmethod
+    def from_gguf(cls, c: ModelConfig, name: str, values: Tensor) -> Tensor:
+        """A tensor as a GGUF file lays it out -> as Hugging Face does."""
+        return values
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType, served: int | None = None
+    ) -> None:
+        """`served`: the longest context that will be seen, in tokens; None = the model's."""
+        self.config, self.ops = config, backend
+        self.scale = config.score_scale or 1 / math.sqrt(config.head_dim)
+        self.windows = config.windows
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.dtype = self.embedding.dtype
+        self.final_gain = self._gain(weights["model.norm.weight"])
+        layers = [_of_layer(weights, i) for i in range(config.num_layers)]
+        self._gains = [{n: self._gain(w) for n, w in layer.items() if "norm." in n} for layer in layers]
+        self._bias = [_joined(layer, "bias") for layer in layers]
+        self._head_rows = weights[_head_name(config)]
+        linears = {f"{i}.{name}": w for i, layer in enumerate(layers) for name, w in self._linears(layer).items()}
+        self.linears = backend.PackedLinears({"head": self._head_rows} | linears)
+        self.row_flops = sum(2.0 * math.prod(s) * self._used(name) for name, s in self.linears.shapes.items())
+        """Operations of all linears for one row, the head apart."""
+        self.layer_flops = self.row_flops / config.num_layers
+        self._tables = _tables(config, served or config.max_context)
+        local = config.local_layers if config.local_rope_theta else ()
+        self._table_of = [int(layer in local) for layer in range(config.num_layers)]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids i64 [n] -> residual rows f32 [n, D]."""
+        return self.embedding[ids].float()
+
+    def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """pos i64 [n] -> cos, sin f32 [bases, n, d], sin negative in the first half.
+
+        One table for each RoPE base of the model. Angles are in float64, exact however far.
+        """
+        tables = []
+        for frequencies, gain in self._tables:
+            angle = pos[:, None].double() * frequencies
+            cos, sin = (angle.cos() * gain).float(), (angle.sin() * gain).float()
+            tables.append((torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)))
+        return torch.stack([cos for cos, _ in tables]), torch.stack([sin for _, sin in tables])
+
+    def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x f32 [n, D]; cos, sin [bases, n, d] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d]."""
+        c, table = self.config, self._table_of[layer]
+        heads = self.linears(f"{layer}.qkv", self._add_norm(layer, "input_layernorm", x))
+        if (bias := self._bias[layer]) is not None:
+            heads.add_(bias)
+        heads = heads.view(len(x), -1, c.head_dim)
+        hq, turning = c.num_heads, c.num_heads + c.num_kv_heads
+        if "self_attn.q_norm.weight" in self._gains[layer]:
+            heads[:, :hq] = self._norm(layer, "self_attn.q_norm", heads[:, :hq])
+            heads[:, hq:turning] = self._norm(layer, "self_attn.k_norm", heads[:, hq:turning])
+        turned = self.ops.rotate(heads[:, :turning], cos[table], sin[table])
+        return turned[:, :hq], turned[:, hq:], heads[:, turning:]
+
+    def finish(self, layer: int, x: Tensor, attended: Tensor) -> None:
+        """x f32 [n, D] += output projection of attended [n, Hq, d], then += the MLP: in place."""
+        o = self.linears(f"{layer}.o", attended.flatten(1))
+        x.add_(self._mlp(layer, self._add_norm(layer, "post_attention_layernorm", x, o)))
+
+    def head(self, x: Tensor) -> Tensor:
+        """x f32 [n, D] -> logits f32 [n, vocabulary]."""
+        h = self.ops.add_norm(x, None, self.final_gain, self.config.rms_eps, self.dtype)
+        logits: Tensor = self.linears("head", h).float()
+        logits = logits if self.dtype == torch.float32 else self._rescored(h, logits)
+        cap = self.config.logit_cap
+        # cap * tanh(logits / cap), of operators whose vectorised and scalar forms agree.
+        return logits if cap is None else cap - 2 * cap / (torch.exp(logits * (2 / cap)) + 1)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _gain(self, weight: Tensor) -> Tensor:
+        """What a norm multiplies by, f32."""
+        return weight.float()
+
+    def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
+        """x [.., D], or heads [n, H, d], each by itself."""
+        normed: Tensor = self.ops.rms_norm(x, self._gains[layer][f"{name}.weight"], self.config.rms_eps)
+        return normed
+
+    def _add_norm(self, layer: int, name: str, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """x f32 [n, D] (+= delta, in place) -> normed [n, D] in the compute type."""
+        gain = self._gains[layer][f"{name}.weight"]
+        normed: Tensor = self.ops.add_norm(x, delta, gain, self.config.rms_eps, self.dtype)
+        return normed
+
+    def _mlp(self, layer: int, h: Tensor) -> Tensor:
+        """h [n, D] -> what the MLP adds [n, D]."""
+        out: Tensor = self.linears(f"{layer}.down", self._gated(self.linears(f"{layer}.gate_up", h)))
+        return out
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        """[n, 2F], gate first -> [n, F]."""
+        out: Tensor = self.ops.silu_mul(gate_up)
+        return out
+
+    def _linears(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's linears by short names, those that share an input joined: fewer calls, wider products."""
+        gate_up = torch.cat([layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]])
+        return attention_linears(layer) | {"gate_up": gate_up, "down": layer["mlp.down_proj.weight"]}
+
+    def _used(self, name: str) -> float:
+        """The share of rows that go through a linear, the head apart."""
+        return float(name != "head")
+
+    def _rescored(self, h: Tensor, logits: Tensor) -> Tensor:
+        """A bf16 logit of 25 is off by up to 0.06, which ties the likeliest tokens: theirs are made anew in float32."""
+        best = logits.topk(_RESCORED, dim=-1).indices
+        rows = self._head_rows[best].float()
+        return logits.scatter_(1, best, torch.mul(rows, h.float()[:, None]).sum(-1))
+
+
+def tensor_names(family: type[Decoder], c: ModelConfig) -> LayerTensors:
+    """Every tensor that a model must have: Hugging Face name -> GGUF name and shape."""
+    layer = family.layer_tensors(c)
+    named = {"model.embed_tokens.weight": ("token_embd.weight", (c.vocab_size, c.hidden_size))}
+    tensors: LayerTensors = dict(named)
+    for i in range(c.num_layers):
+        tensors |= {f"model.layers.{i}.{name}": (f"blk.{i}.{gguf}", shape) for name, (gguf, shape) in layer.items()}
+    tensors["model.norm.weight"] = ("output_norm.weight", (c.hidden_size,))
+    return tensors if c.tie_head else {**tensors, "lm_head.weight": ("output.weight", (c.vocab_size, c.hidden_size))}
+
+
+def attention_linears(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The linears around attention; q, k and v share an input."""
+    qkv = _joined(layer, "weight")
+    assert qkv is not None
+    return {"qkv": qkv, "o": layer["self_attn.o_proj.weight"]}
+
+
+def _joined(layer: Mapping[str, Tensor], kind: str) -> Tensor | None:
+    """q, k and v's weights or biases as one; None if there are none."""
+    names = [f"self_attn.{p}_proj.{kind}" for p in "qkv"]
+    return torch.cat([layer[name] for name in names]) if names[0] in layer else None
+
+
+def _of_layer(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
+def _tables(c: ModelConfig, served: int) -> list[tuple[Tensor, float]]:
+    """RoPE tables: of the layers in general, then of local ones if they have a base of their own."""
+    tables = [rope_table(c.head_dim, c.rope_theta, c.rope_scaling, c.max_context, served)]
+    if c.local_rope_theta:
+        tables.append(rope_table(c.head_dim, c.local_rope_theta, None, c.max_context, served))
+    return tables
+
+
+def _head_name(config: ModelConfig) -> str:
+    return "model.embed_tokens.weight" if config.tie_head else "lm_head.weight"

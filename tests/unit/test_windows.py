@@ -1,0 +1,150 @@
+"""Window layers: what is behind the window is really freed, what is in it is there, and a promise is never broken."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from firstlight.cache.pool import Pool
+from firstlight.cache.table import RequestKV
+from firstlight.cache.windows import Windows
+from firstlight.kernels.kv_layout import BLOCK
+from firstlight.reuse.prefix import PrefixCache
+
+D, HEADS = 2, 2
+LAYERS = np.array([True, False, True])
+seeds = st.integers(0, 10**6)
+
+
+def some_windows(rng: random.Random) -> Windows:
+    margin, every = rng.choice([(0, 0), (rng.randint(0, 130), rng.choice([256, 448, 1024]))])
+    return Windows(rng.choice([1, 2, 63, 64, 65, 128, rng.randint(1, 300)]), LAYERS, margin, every)
+
+
+def write(kv: RequestKV, layer: int, first: int, end: int) -> None:
+    tok = torch.arange(first, end)
+    k = (tok.float()[:, None, None] + torch.arange(HEADS)[None, :, None] / 8).expand(-1, -1, D)
+    slots = kv.slots((layer, layer + 1), tok)
+    if slots is None:
+        kv.write(layer, tok, tok, k, 2 * k)
+    else:
+        kv.put(layer, slots[0], end, k, 2 * k)
+
+
+def reads(kv: RequestKV, layer: int, first: int) -> bool:
+    """Whether all entries from `first` on are what was written."""
+    view = kv.view(layer)
+    k, v = kv.pool.layout.gather(view.table[1], view.table.shape[1])
+    want = torch.arange(first, view.length[1]) + 1 / 8
+    return torch.equal(k[0, first : view.length[1], 0], want) and torch.equal(v[0, first : view.length[1], 0], 2 * want)
+
+
+@settings(max_examples=60)
+@given(seed=seeds)
+def test_a_request_never_holds_more_than_it_was_promised(seed: int) -> None:
+    rng = random.Random(seed)
+    windows, total = some_windows(rng), rng.randint(1, 1500)
+    promised = windows.promise(total + 1, HEADS)
+    assert promised <= HEADS * len(LAYERS) * -(-(total + 1) // BLOCK)
+    pool = Pool(promised, D, torch.float32)
+    kv = RequestKV(pool, len(LAYERS), HEADS, windows)
+    kv.reserve(promised)
+    done = 0
+    while done < total:
+        end = min(total, done + rng.choice([1, 1, 40, 64, rng.randint(1, 700)]))
+        kv.provide((0, len(LAYERS)), end - done)
+        for layer, is_local in enumerate(LAYERS):
+            write(kv, layer, done, end)
+            assert reads(kv, layer, max(0, done - windows.size + 1) if is_local else 0)
+            kv.leave_behind(layer, end)
+            pool.check()
+            assert pool.used + kv.reserved == promised, "what is freed stays promised to the prompt"
+            assert kv.nbytes == pool.used * pool.block_nbytes
+        done = end
+    behind = max(0, total - windows.size - windows.margin + 1) // BLOCK
+    local = kv.table[0, 0, :behind]
+    assert (local[~windows.stays(np.arange(behind))] == 0).all(), "not freed"
+    assert (kv.table[1] > 0).all() and pool.available == 0
+    kv.settle()
+    assert kv.reserved == kv.missing((0, len(LAYERS)), 1) <= HEADS * len(LAYERS)
+    kv.release()
+    assert pool.free == pool.total and pool.reserved == 0
+
+
+def test_places_that_keep_their_window_can_all_be_ended_at() -> None:
+    """At every multiple of `every`, a row there and the margin's rows before it find all that they read."""
+    windows = Windows(100, LAYERS, margin=128, every=512)
+    for done in range(0, 5000, 97):
+        first = windows.first(done)
+        held = np.concatenate([np.flatnonzero(windows.stays(np.arange(first))), np.arange(first, done // BLOCK + 1)])
+        ends = [*range(512, done + 1, 512), done]
+        for end in ends:
+            needed = np.arange(max(0, end - 128 - 100 + 1) // BLOCK, -(-end // BLOCK))
+            assert np.isin(needed, held).all(), (done, end)
+    assert Windows.of((None, 100), cached=True).every == 4096
+    assert Windows.of((None, 4096), cached=True).every == 8 * 4096
+    assert Windows.of((None, 100), cached=False).margin == 0
+    assert Windows.of((None, None), cached=True) is None
+
+
+class Shelf:
+    """A cache over columns of two layers, one block each; layer 0 is local."""
+
+    def __init__(self) -> None:
+        self.pool = Pool(100, D, torch.float32)
+        self.cache = PrefixCache(self.pool, 4, b"salt", [8, None])
+
+    def keep(self, ids: list[int], whole: set[int]) -> None:
+        """A request publishes; only `whole` columns still have their local block."""
+        table = self.pool.take(2 * -(-len(ids) // 4)).reshape(2, -1)
+        for number in set(range(table.shape[1])) - whole:
+            self.pool.release(table[:1, number])
+            table[0, number] = 0
+        self.cache.publish(b"root", ids, lambda b: table[:, b].copy())
+        self.pool.release(table.ravel())
+        self.pool.check()
+
+    def hit(self, ids: list[int], window: int | None = 8, rows: int = 1) -> tuple[int, list[int]]:
+        """Tokens of the hit, and the columns of which it has the local block."""
+        hit = self.cache.match(b"root", ids, rows, window)
+        assert all(column[1] > 0 for column in hit.columns)
+        held = [number for number, column in enumerate(hit.columns) if column[0]]
+        return hit.num_tokens, held + ([len(hit.columns)] if hit.partial is not None and hit.partial[0] else [])
+
+
+def test_a_hit_ends_only_where_the_last_window_is_held() -> None:
+    shelf, ids = Shelf(), list(range(40))
+    shelf.keep(ids, whole={4, 5, 7, 8, 9})
+    assert shelf.hit([*ids, 99]) == (40, [8, 9]), "columns behind the window are shared without their local block"
+    assert shelf.hit(ids) == (40, [8, 9])
+    assert shelf.hit(ids, rows=5) == (40, [7, 8, 9]), "rows that are computed anyway read a window too"
+    assert shelf.hit(ids, rows=9) == (24, [4, 5]), "their window is gone: the next place before that has one"
+    assert shelf.hit(ids[:30]) == (24, [4, 5]) and shelf.hit([*ids[:24], 99]) == (24, [4, 5])
+    assert shelf.hit([*ids[:23], 99]) == (23, [4, 5]), "a part of a column will do"
+    assert shelf.hit(ids[:16]) == (0, []) and shelf.hit([*ids, 99], window=None) == (0, [])
+    why = shelf.cache.match(b"root", ids[:16], 1, 8).reason
+    assert "no window is kept at token 16" in why
+
+
+def test_another_request_brings_what_a_known_column_lacks() -> None:
+    shelf, ids = Shelf(), list(range(24))
+    shelf.keep(ids, whole={4, 5})
+    shelf.keep(ids[:12], whole={0, 1, 2})
+    assert shelf.hit([*ids[:12], 99]) == (12, [1, 2]) and shelf.hit([*ids, 99]) == (24, [4, 5])
+    assert shelf.hit([*ids[:12], 99], window=None) == (12, [0, 1, 2])
+    shelf.cache.clear()
+    shelf.pool.check()
+    assert shelf.pool.free == shelf.pool.total
+
+
+@pytest.mark.parametrize("limit", [40, 39, 30, 24, 23, 20, 5, 0])
+def test_a_limit_is_kept(limit: int) -> None:
+    shelf, ids = Shelf(), list(range(40))
+    shelf.keep(ids, whole={4, 5, 7, 8, 9})
+    end = shelf.cache.match(b"root", ids, 1, 8, limit).num_tokens
+    assert end <= limit and (end > 0) == (limit > 20 or limit == 20 and end == 20)
