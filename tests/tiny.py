@@ -17,7 +17,6 @@ from firstlight.models.config import ModelConfig
 from firstlight.models.decoder import Decoder
 from firstlight.models.families import build_model
 from firstlight.models.weights.checkpoint import tensor_shapes
-from firstlight.models.decoder import Decoder
 
 VOCABULARY = 320
 

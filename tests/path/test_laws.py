@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firstlight.kernels.dispatch import fastest
-from firstlight.models.families import build_model
 from firstlight.models.decoder import Decoder
+from firstlight.models.families import FAMILIES, build_model
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.store import load_weights
 from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled
@@ -24,6 +24,7 @@ from tests.path.laws import Everything
 from tests.tiny import tiny_model
 
 EXAMPLES = 25 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 200
+FEW = 3 if EXAMPLES == 25 else 40
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 200, 300, 700, 1025, 2150]
 seeds = st.integers(0, 10**6)
@@ -94,6 +95,26 @@ def test_the_same_on_the_real_model(real: Decoder, seed: int) -> None:
     asked = example(seed, lengths, 49000)[: 4 if seed % 12 else 1]
     got, _ = chaotic(real, asked, seed)
     assert differences(got, one_shot(real, asked)) == []
+
+
+@pytest.fixture(
+    scope="module", params=[(family, dtype) for family in FAMILIES if family != "llama" for dtype in DTYPES]
+)
+def cousin(request: pytest.FixtureRequest) -> Decoder:
+    family, dtype = request.param
+    return tiny_model(DTYPES[dtype], num_layers=3, family=family)
+
+
+@settings(max_examples=FEW)
+@given(seed=seeds)
+def test_every_family_obeys_the_laws(cousin: Decoder, seed: int) -> None:
+    asked = example(seed, LENGTHS[:-2] if seed % 4 else LENGTHS, 320)
+    want = one_shot(cousin, asked)
+    assert differences(chaotic(cousin, asked, seed)[0], want) == []
+    cached = chaotic(cousin, asked, seed, cached=True)[0]
+    assert differences(only_sampled(cached, asked), only_sampled(want, asked)) == []
+    rows = Everything(seed, 3)
+    assert differences(chaotic(cousin, asked, seed, rows=rows)[0], one_shot(cousin, asked, rows=rows)) == []
 
 
 def test_the_examples_do_what_they_claim() -> None:

@@ -112,7 +112,8 @@ class Batch:
         """The rows in blocks of `step`; the last one reaches into the padding. Cut once for all layers."""
         if step not in self._blocks:
             ends = [(lo, min(lo + step, lo + padded(self.n - lo))) for lo in range(0, max(self.n, 1), step)]
-            self._blocks[step] = [Block(lo, hi, self.x[lo:hi], self.cos[:, lo:hi], self.sin[:, lo:hi]) for lo, hi in ends]
+            tables = [(self.cos[:, lo:hi], self.sin[:, lo:hi]) for lo, hi in ends]
+            self._blocks[step] = [Block(lo, hi, self.x[lo:hi], *table) for (lo, hi), table in zip(ends, tables)]
         return self._blocks[step]
 
     def scratch(self, name: str, shape: Sequence[int]) -> Tensor:

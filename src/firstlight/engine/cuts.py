@@ -19,12 +19,13 @@ from firstlight.engine.park import ParkStore
 
 @dataclass(frozen=True, slots=True)
 class CutTaken:
-    """Rows `tok` are alive after `layer`; `n_parked` of the others can be revived."""
+    """Rows `tok` are alive after `layer`; `n_parked` of the others can be revived, `n_gone` can't."""
 
     live: LiveRequest
     layer: int
     tok: Tensor
     n_parked: int
+    n_gone: int
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ class RowCuts:
         if parked:
             self.park.put(live.rid, layer + 1, tok[gone], x[gone], "cut")
         if bool(gone.any()):
-            self.taken.append(CutTaken(live, layer, tok[stays], parked))
+            self.taken.append(CutTaken(live, layer, tok[stays], parked, int(gone.sum()) - parked))
         return stays
 
     def _apply_enter(

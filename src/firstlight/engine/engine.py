@@ -28,6 +28,7 @@ from firstlight.core.schedule import Event, Plan, Policy, Segment, WorkUnit, leg
 from firstlight.core.view import View, ViewConfig
 from firstlight.decode.sampling import sample
 from firstlight.engine.admission import Admission, Limits
+from firstlight.engine.cuts import CutTaken
 from firstlight.engine.eventlog import EventLog
 from firstlight.engine.forward import Machine, Pass, Stop
 from firstlight.engine.live import LiveRequest
@@ -340,7 +341,7 @@ class Engine:
             self.admission.publish_all(live)
             self._forget(live)
         for cut in live_unit.work.cuts:
-            self._tell_cut(cut.live, cut.layer, cut.tok, cut.n_parked)
+            self._tell_cut(cut)
         going = [live for live in lives if live.finish_reason is None]
         self._inbox.append(
             told.UnitDone(
@@ -382,17 +383,19 @@ class Engine:
             live.kv.settle()
         return max(live.kv.missing((0, len(live.f)), 1) - live.kv.reserved, 0)
 
-    def _tell_cut(self, live: LiveRequest, layer: int, tok: torch.Tensor, n_parked: int) -> None:
-        """A cut frees what the layers above it no longer need."""
-        block, layers = self.config.block_size, len(live.f)
-        live.parked_cells += n_parked * (layers - layer - 1)
+    def _tell_cut(self, cut: CutTaken) -> None:
+        """A cut frees what the layers above it no longer need; rows that can be revived are needed."""
+        live, layer, block, layers = cut.live, cut.layer, self.config.block_size, len(cut.live.f)
+        live.parked_cells += cut.n_parked * (layers - layer - 1)
         if live.rid not in self._lives:
             return
-        expected = [live.num_prompt + 1] * (layer + 1) + [len(tok) + 1] * (layers - layer - 1)
-        lack = sum(max(int(blocks_for(n)) - int(b), 0) for n, row in zip(expected, live.kv.num_blocks) for b in row)
+        live.gone[layer + 1 :] = [n + cut.n_gone for n in live.gone[layer + 1 :]]
+        expected = [int(blocks_for(live.num_prompt + 1 - gone)) for gone in live.gone]
+        lack = sum(max(n - int(b), 0) for n, row in zip(expected, live.kv.num_blocks) for b in row)
         live.kv.reserve(min(live.kv.reserved, lack))
-        kept = torch.bincount(tok // block, minlength=-(-live.num_prompt // block)).tolist()
-        self._inbox.append(told.Cut(rid=live.rid, layer=layer, kept=tuple(kept), n_parked=n_parked, **self._account()))
+        kept = torch.bincount(cut.tok // block, minlength=-(-live.num_prompt // block)).tolist()
+        news = told.Cut(rid=live.rid, layer=layer, kept=tuple(kept), n_parked=cut.n_parked, **self._account())
+        self._inbox.append(news)
 
 
 def _new_entries(live: LiveRequest, segment: Segment) -> int:

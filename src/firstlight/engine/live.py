@@ -55,6 +55,8 @@ class LiveRequest:
         self.n_cached = 0
         self.held = 0
         """Ordinals below this have exact cells: a row of theirs is computed for its output and not written."""
+        self.gone = [0] * num_layers
+        """Prompt rows that never reach each layer."""
         self.computed = 0
         """Prompt cells computed so far."""
         self.parked_cells = 0

@@ -66,7 +66,7 @@ class Qwen3Moe(Qwen3):
     def _mlp(self, layer: int, h: Tensor) -> Tensor:
         weight, chosen = self._route(layer, h)
         out = torch.zeros(h.shape)
-        for expert in chosen.unique().tolist():
+        for expert in torch.unique(chosen).tolist():
             row, place = torch.where(chosen == expert)
             gated = self._gated(self.linears(f"{layer}.{expert}.gate_up", h[row]))
             made = self.linears(f"{layer}.{expert}.down", gated)
