@@ -114,8 +114,7 @@ class Admission:
         live.miss_reason = hit.reason
         if held < hit.num_tokens:
             live.miss_reason = f"no room for more than {held} cached tokens beside what is new"
-        reusable = 0 if live.request.recompute_cached else live.num_prompt - max(1, self._last_rows)
-        live.held, live.n_cached = held, max(0, min(held, reusable))
+        live.held, live.n_cached = held, max(0, min(held, live.num_prompt - self._fresh_rows(live)))
         live.f = [live.n_cached] * len(live.f)
         if not live.stamps.first_unit:  # once it runs, admissions after a preemption are no wait for a first row
             live.stamps.reuse_s += time.perf_counter() - began
@@ -158,7 +157,11 @@ class Admission:
         if not self._publishes or live.barriers:
             return Hit(reason="a method in use makes cells that depend on later tokens")
         window = None if self.windows is None else self.windows.size
-        return self.cache.match(self.root, live.request.prompt_ids, max(1, self._last_rows), window, limit)
+        return self.cache.match(self.root, live.request.prompt_ids, self._fresh_rows(live), window, limit)
+
+    def _fresh_rows(self, live: LiveRequest) -> int:
+        """Rows at the prompt's end that are computed, whatever is held."""
+        return live.num_prompt if live.request.recompute_cached else max(1, self._last_rows)
 
     def publish_prompt(self, live: LiveRequest) -> None:
         """A prefilled prompt's full columns serve others from now on; nobody writes them any more."""

@@ -102,7 +102,7 @@ class Gemma3(Decoder):
 def _scale(scalar: float) -> float:
     if not (math.isfinite(scalar) and scalar > 0):
         raise UserError(f"the model's query_pre_attn_scalar is {scalar}; fetch the model again")
-    return float(scalar**-0.5)
+    return 1 / math.sqrt(scalar)
 
 
 def _local_layers(f: Fields) -> tuple[int, ...]:
