@@ -150,6 +150,36 @@ def test_forced_rows_have_the_logits_of_a_prompt_that_holds_them() -> None:
     assert all(torch.allclose(forced[at], whole[at], atol=1e-3) for at in forced)
 
 
+def logits_of(ids: list[int]) -> torch.Tensor:
+    """Logits [T, vocabulary] of a prompt, plainly."""
+    engine, rows = tiny_engine(prefix_cache="off"), []
+    sink = lambda tok, logits: rows.append(logits.clone())  # noqa: E731
+    engine.add(Request("r", ids, SamplingParams(max_tokens=1), logits_at="all", logits_sink=sink))
+    while engine.has_work:
+        engine.step()
+    return torch.cat(rows)
+
+
+def test_a_reference_is_what_plain_prompts_say() -> None:
+    what = reading.Excerpt("", [n * 37 % VOCABULARY for n in range(300 + reading.CONTINUATION + 1)], 300, 0)
+    made = reading.refer(tiny_engine(prefix_cache="off"), what)
+    said = logits_of(what.ids).log_softmax(-1)
+    assert torch.equal(made.outline.ids[:, 0].long(), said[what.rows].argmax(-1))
+    assert torch.allclose(made.outline.logp[:, 0], said[what.rows].max(-1).values, atol=1e-3)
+    labels = torch.tensor(what.ids)[what.rows + 1]
+    assert torch.allclose(-made.nll.float(), said[what.rows].gather(-1, labels[:, None])[:, 0], atol=1e-3)
+    spans = [*what.windows, range(300, 428)]
+    assert [span.stop <= 128 for span in spans] == [
+        bool(made.nll_truncated[what.rows == span.start].isnan()) for span in spans
+    ]
+    for span in spans:
+        if span.stop > 128:
+            short = logits_of(what.ids[span.stop - 128 : span.stop]).log_softmax(-1)[-len(span) :]
+            want = short.gather(-1, torch.tensor(what.ids)[span.start + 1 : span.stop + 1, None])[:, 0]
+            inside = (what.rows >= span.start) & (what.rows < span.stop)
+            assert torch.allclose(-made.nll_truncated[inside].float(), want, atol=1e-3)
+
+
 def test_windows_are_disjoint_and_span_the_prompt() -> None:
     for length, count in [(64, 1), (130, 2), (1023, 15), (1024, 16), (8000, 16)]:
         what = reading.Excerpt("", [], length, 0)
