@@ -43,8 +43,9 @@ class RequestKV:
         """Blocks of the pool's reservation that are this request's."""
         self.peak_nbytes = 0
         """The most that it ever held."""
-        self._tables: Tensor | None = None
-        """`table` as a tensor over the same memory."""
+        self._viewed: Any = None
+        self._tables: tuple[Tensor, ...] = ()
+        """`_viewed`, which was `table`, as tensors over the same memory, one a layer."""
         self._explicit: dict[int, tuple[Tensor, Tensor]] = {}
         """Layer -> (tok, pos) i64 [Hkv, capacity] of explicit rows."""
 
@@ -172,8 +173,8 @@ class RequestKV:
         for head in range(k.shape[1]):
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
-    def slots(self, layers: tuple[int, int], tok: Tensor) -> Tensor | None:
-        """Where ordinals tok i64 [n] go in each of these layers, i64 [layers, n, Hkv], ready for `put`.
+    def slots(self, layers: tuple[int, int], tok: Tensor) -> Sequence[Tensor] | None:
+        """Where ordinals tok i64 [n] go in each of these layers, i64 [n, Hkv] each, ready for `put`.
 
         None if the rows aren't identities that these ordinals continue or overwrite, or if window layers will take
         blocks for them; `write` then sorts it out.
@@ -184,11 +185,10 @@ class RequestKV:
             return None
         if self.windows is not None and (self.num_blocks[lo:hi] * BLOCK <= last).any():
             return None
-        for layer in range(lo, hi):
-            self._own(layer, None, first // BLOCK, last // BLOCK + 1)
+        self._own(slice(lo, hi), slice(None), first // BLOCK, last // BLOCK + 1)
         entry = tok.numpy()
         blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
-        return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1)))
+        return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1))).unbind()
 
     def put(self, layer: int, slots: Tensor, end: int, k: Tensor, v: Tensor) -> None:
         """Write k, v [n, Hkv, D] at slots [n, Hkv] of a layer; the row then holds `end` ordinals at least."""
@@ -210,8 +210,8 @@ class RequestKV:
 
     def view(self, layer: int, visible: Tensor | None = None) -> KVView:
         """What kernels read of one layer; `visible`: ordinals i64 [m] that this pass may read, None = all."""
-        if self._tables is None or self._tables.data_ptr() != self.table.ctypes.data:
-            self._tables = torch.from_numpy(self.table)
+        if self._viewed is not self.table:
+            self._viewed, self._tables = self.table, torch.from_numpy(self.table).unbind()
         length = self.length[layer].tolist()
         tok, pos = self._explicit.get(layer, (None, None))
         mask = None if visible is None else torch.isin(self.ordinals(layer), visible)
@@ -249,15 +249,15 @@ class RequestKV:
         """Write at entry numbers, copying shared blocks first."""
         if len(entry) == 0:
             return
-        self._own(layer, head, int(entry.min()) // BLOCK, int(entry.max()) // BLOCK + 1)
+        heads = slice(None) if head is None else slice(head, head + 1)
+        self._own(slice(layer, layer + 1), heads, int(entry.min()) // BLOCK, int(entry.max()) // BLOCK + 1)
         slots = torch.from_numpy(self._slots(layer, head, entry)).view(len(entry), -1)
         shape = (*slots.shape, k.shape[-1])
         self.pool.layout.write(slots, k.reshape(shape), v.reshape(shape))
 
-    def _own(self, layer: int, head: int | None, first: int, end: int) -> None:
-        """Blocks [first, end) of a row must not be shared: copy those that are."""
-        heads = slice(None) if head is None else slice(head, head + 1)
-        part = self.table[layer, heads, first:end]
+    def _own(self, layers: slice, heads: slice, first: int, end: int) -> None:
+        """Blocks [first, end) of these rows must not be shared: copy those that are."""
+        part = self.table[layers, heads, first:end]
         shared = self.pool.shared(part) & (part > 0)
         if not shared.any():
             return

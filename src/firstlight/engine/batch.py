@@ -33,8 +33,8 @@ class Member:
     visible: Tensor | None = None
     """Ordinals that this layer's pass may read; None = all."""
     lo: int = 0
-    slots: Tensor | None = None
-    """Where the rows' K/V go, i64 [layers, n, Hkv]; None = ask the table in each layer."""
+    slots: Sequence[Tensor] | None = None
+    """Where the rows' K/V go, i64 [n, Hkv] for each layer; None = ask the table in each layer."""
 
     @property
     def hi(self) -> int:

@@ -121,7 +121,7 @@ class Decoder:
         heads = self.linears(f"{layer}.qkv", self._add_norm(layer, "input_layernorm", x))
         if (bias := self._bias[layer]) is not None:
             heads.add_(bias)
-        heads = heads.view(len(x), -1, c.head_dim)
+        heads = heads.view(x.shape[0], -1, c.head_dim)
         hq, turning = c.num_heads, c.num_heads + c.num_kv_heads
         if "self_attn.q_norm.weight" in self._gains[layer]:
             heads[:, :hq] = self._norm(layer, "self_attn.q_norm", heads[:, :hq])
