@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -170,6 +171,16 @@ def test_a_process_that_answers_nothing_has_failed() -> None:
     silent = process.run([sys.executable, "-c", "pass"], {}, limit_s=20, env={})
     assert silent == process.Outcome(None, "ended without an answer")
     assert "can't be started" in (process.run(["/no/such/program"], {}, limit_s=1, env={}).failed or "")
+
+
+def test_busy_neighbours_are_told() -> None:
+    program = [sys.executable, "-c", "import time; print({}); time.sleep(1)"]
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert process.run(program, {}, limit_s=20, env={}).elsewhere > 0.1
+    finally:
+        neighbour.kill()
+        neighbour.wait()
 
 
 def test_a_hung_process_takes_its_children_with_it(tmp_path: Path) -> None:

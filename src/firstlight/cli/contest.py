@@ -36,6 +36,7 @@ _HEADINGS = (
     "decode/s",
     "MB",
     "load",
+    "others",
 )
 
 
@@ -144,6 +145,7 @@ def _cells(row: dict[str, Any], ours: float | None) -> list[str]:
         f"{row['decode_tok_s']:.1f}" if row["decode_tok_s"] else "-",
         f"{row['rss_mb']:,.0f}",
         duration(row["load_s"]),
+        f"{row['elsewhere']:.0%}",
         f"{agreed['equal']}/{agreed['of']}" if agreed else "-",
         describe(row["settings"]),
     ]

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,20 @@ _REASON_CHARS = 200
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process answered before it ended, and why it ended badly if it did."""
+    """What a process answered before it ended, and why it ended badly if it did.
+
+    `elsewhere` is the share of the machine's processor time that all others took meanwhile: a figure beside a busy
+    neighbour is no figure.
+    """
 
     answer: dict[str, Any] | None
     failed: str | None = None
+    elsewhere: float = field(default=0.0, compare=False)
 
 
 def run(command: Sequence[str], job: Mapping[str, Any], *, limit_s: float, env: Mapping[str, str]) -> Outcome:
     """Run a command with a job on its stdin for `limit_s` seconds at most; its children end with it."""
+    others = _others()
     try:
         process = subprocess.Popen(
             command,
@@ -51,7 +57,8 @@ def run(command: Sequence[str], job: Mapping[str, Any], *, limit_s: float, env: 
     finally:
         _end(process)
     answer = _last_answer(out)
-    return Outcome(answer, failed if answer is not None or failed else "ended without an answer")
+    failed = failed if answer is not None or failed else "ended without an answer"
+    return Outcome(answer, failed, _share(others, _others()))
 
 
 def measure(python: Path, runner: str, job: Mapping[str, Any], *, limit_s: float, env: Mapping[str, str]) -> Outcome:
@@ -63,6 +70,23 @@ def measure(python: Path, runner: str, job: Mapping[str, Any], *, limit_s: float
 def without_paths(text: str) -> str:
     """The text with every absolute path cut down to its last part: results tell nothing of this machine's folders."""
     return re.sub(r"(?:/[^\s/:'\",()]+)+/([^\s/:'\",()]*)", r"\1", text)
+
+
+def _others() -> tuple[float, float]:
+    """Processor seconds that neither we nor our ended children have used, and all there were; (0, 0) if untold."""
+    try:
+        fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    total = sum(fields) / os.sysconf("SC_CLK_TCK")
+    idle = (fields[3] + fields[4]) / os.sysconf("SC_CLK_TCK")
+    ours = os.times()
+    return total - idle - sum(ours[:4]), total
+
+
+def _share(before: tuple[float, float], after: tuple[float, float]) -> float:
+    passed = after[1] - before[1]
+    return round(min(max((after[0] - before[0]) / passed, 0.0), 1.0), 3) if passed > 0 else 0.0
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
