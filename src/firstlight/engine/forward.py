@@ -94,10 +94,11 @@ class Pass:
 
     def _enter(self, live: LiveRequest, i: int, layer: int) -> Member:
         segment = self.unit.segments[i]
-        tok = torch.arange(*segment.tok)
-        if layer > 0:
-            tok, x = self.machine.park.take(live.rid, layer, tok, "waiting")
+        if layer > 0:  # rows revived below the segment came to this stair with it
+            waiting = self.machine.park.ordinals(live.rid, layer, "waiting")
+            tok, x = self.machine.park.take(live.rid, layer, waiting[waiting < segment.tok[1]], "waiting")
             return Member(live, segment, tok, tok, x if len(tok) else self.machine.model.embed(tok))
+        tok = torch.arange(*segment.tok)
         for policy, context in zip(live.policies, live.contexts):
             mask = policy.rows0(tok, context)
             tok = tok if mask is None else tok[mask | (tok == live.num_prompt - 1)]
