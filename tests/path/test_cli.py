@@ -119,6 +119,7 @@ def test_bench_throughput(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert three["settings"]["max_num_seqs"] == 3 and three["settings"]["max_model_len"] == 43
 
 
+@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="takes minutes: in the long profile")
 def test_a_contest_of_our_own_engines(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.jsonl"
     line = ["bench", "ttft", model, "--against", "firstlight-f32", "--prompt-tokens", "40", "--tokens", "2"]
