@@ -45,9 +45,16 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def interrupt(self) -> None:
-        """Ctrl-C, as the terminal would send it."""
-        self._process.send_signal(signal.SIGINT)
+    def interrupt(self, expected: str) -> str:
+        """Ctrl-C until `expected` comes: one that falls between readline's prompt and its waiting is not heard."""
+        for _ in range(60):
+            self._process.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + 1
+            while expected not in self._unread and (more := self._read(deadline)) is not None:
+                self._unread += more
+            if expected in self._unread:
+                break
+        return self.expect(expected, 0)
 
     def expect(self, text: str, seconds: float = 60) -> str:
         """Everything up to and with `text`, without colours. Fails if it doesn't come."""

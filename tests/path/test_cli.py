@@ -203,8 +203,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat: Callable[..., Terminal]) 
         terminal.type("Tell a story about a whale.\r")
         terminal.expect("whale", 60)  # what was typed
         terminal.expect("whale", 60)  # what is told
-        terminal.interrupt()
-        terminal.expect("stopped; what was said stays in the conversation", 10)
+        terminal.interrupt("stopped; what was said stays in the conversation")
         terminal.type("/exit\r")
         assert terminal.leave() == 0 and "Traceback" not in terminal.unread
 

@@ -116,6 +116,12 @@ def test_a_mistake_is_one_line_and_changes_nothing(talk: Talk) -> None:
     assert llm.heard == [[user("a long one\n\none")], [user("/etc/passwd is a file")]]
 
 
+def test_bytes_that_are_no_text(talk: Talk) -> None:
+    llm = Parrot()
+    err = talk(llm, UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no"), "caf\udce9", "café")
+    assert llm.heard == [[user("café")]] and err.count("that was not UTF-8 text") == 2
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk: Talk) -> None:
     llm = Parrot(KeyboardInterrupt(), fails_at=2)
     err = talk(llm, "one two three four", "go on")
@@ -207,8 +213,7 @@ def test_lines_are_remembered_across_sessions(tmp_path: Path) -> None:
         terminal.type("first words\r")
         terminal.expect("tokens/s after the first")  # the breakdown: stderr is a terminal
         terminal.expect("> ")
-        terminal.interrupt()
-        terminal.expect("Ctrl-D or /exit leaves\n> ")
+        terminal.interrupt("Ctrl-D or /exit leaves\n> ")
         terminal.type("\x04")
         assert terminal.leave() == 0
     assert history.stat().st_mode & 0o777 == 0o600

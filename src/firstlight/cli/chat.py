@@ -94,7 +94,7 @@ class Chat:
         _say(f"{self._llm.model_name}, context {limit:,} tokens; /help lists commands, Ctrl-D leaves")
         while True:
             try:
-                line = input("> ").strip()
+                line = _line()
                 if line == "/exit":
                     return
                 self._obey(line)
@@ -174,6 +174,16 @@ class Chat:
         for row in rows:
             table.add_row(*row)
         self._console.print(table)
+
+
+def _line() -> str:
+    """What the person types next. Raises EOFError at Ctrl-D, UserError if it isn't text."""
+    try:
+        line = input("> ").strip()
+        line.encode()  # in some locales Python keeps wrong bytes as half characters
+    except UnicodeError:
+        raise UserError("that was not UTF-8 text; check the terminal's encoding") from None
+    return line
 
 
 def stats(reports: Sequence[dict[str, Any]], limit: int) -> list[tuple[str, str]]:
