@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from firstlight.core.config import Options
@@ -86,3 +88,29 @@ def bytes_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}"
+    "{{ '<|im_start|>assistant\n' }}{% if style is defined %}{{ '(' + style + ')' }}{% endif %}"
+)
+
+
+def save_tiny_chat(folder: Path, *, seed: int = 5, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """The tiny model as a folder of files: a tokenizer of bytes and two control tokens, and a chat template."""
+    weights = tiny_weights()
+    generator = torch.Generator().manual_seed(seed)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.randn(embedding.shape, generator=generator) * 0.12
+    save_file(weights, folder / "model.safetensors")
+    shape = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": 2048}
+    config = {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-5, **shape}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template)
+    return folder

@@ -9,6 +9,7 @@ if typing.TYPE_CHECKING:
     from firstlight.core.registry import Method as Method
     from firstlight.core.request import SamplingParams as SamplingParams
     from firstlight.llm import LLM as LLM
+    from firstlight.llm_async import AsyncLLM as AsyncLLM
 
 __version__ = "0.1.0"
 
@@ -16,7 +17,12 @@ __version__ = "0.1.0"
 # so the spinning is bounded here: it has to be said before torch is loaded, and whoever set it already is obeyed.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-_HOMES = {"LLM": "firstlight.llm", "SamplingParams": "firstlight.core.request", "Method": "firstlight.core.registry"}
+_HOMES = {
+    "LLM": "firstlight.llm",
+    "AsyncLLM": "firstlight.llm_async",
+    "SamplingParams": "firstlight.core.request",
+    "Method": "firstlight.core.registry",
+}
 
 
 def __getattr__(name: str) -> typing.Any:

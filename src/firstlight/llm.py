@@ -2,15 +2,17 @@
 
 llm = LLM("smollm2")
 print(llm.chat([{"role": "user", "content": "Why is the sky blue?"}])[0].text)
+
+document = llm.prefill(Path("report.txt").read_text())
+print(document.ask("What does it cost?").text)
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,25 +20,18 @@ from typing import Any, Literal
 import torch
 
 from firstlight.core.errors import UserError
-from firstlight.core.request import Completion, Logprobs, Request, SamplingParams, TokenOutput
+from firstlight.core.request import Completion, SamplingParams
 from firstlight.core.settings import gather_options
-from firstlight.decode.logprobs import watch_prompt
-from firstlight.decode.structured import Grammars
+from firstlight.engine.answers import Answers, Encode, StreamChunk
 from firstlight.engine.build import DTYPES, build_engine
 from firstlight.engine.forward import Pass, Stop
-from firstlight.engine.live import LiveRequest
-from firstlight.engine.report import report
 from firstlight.kernels.dispatch import cap_instruction_set
+from firstlight.llm_document import Document, Model
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
 from firstlight.models.weights.store import load_weights
-from firstlight.prompt.chat import render_chat
-from firstlight.prompt.detokenize import Detokenizer
+from firstlight.prompt.encoder import Encoder, Messages, Names, Prompt, Tools
 from firstlight.prompt.tokenizer import Tokenizer
-
-SCHEMA_VERSION = 1
-Messages = list[dict[str, Any]]
-Prompt = str | list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +44,14 @@ class Progress:
     rid: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StreamChunk:
-    """New text and tokens of a stream; the last one brings the completion."""
-
-    text: str
-    token_ids: list[int]
-    completion: Completion | None = None
-    logprobs: list[Logprobs] | None = None
-    index: int = 0
-    """Which of the `n` answers."""
-
-
-@dataclass(slots=True)
-class _Answer:
-    """A request under way, seen from outside."""
-
-    live: LiveRequest
-    tokenize_s: float
-    index: int = 0
-    prompt_logprobs: list[Logprobs | None] | None = None
-    text: str = ""
-    chunks: deque[StreamChunk] = field(default_factory=deque)
-    """Made and not yet read."""
-
-
 class LLM:
     """A model that answers prompts. Options are the engine's of `firstlight run --help`, as keywords.
 
     What no keyword says comes from `FIRSTLIGHT_*` variables, then from the settings file (`core/settings.py`).
 
-    Raises UserError on a wrong model, option or prompt. One thread at a time; `close` frees everything.
+    Raises UserError on a wrong model, option or prompt. Threads may share it: what they ask at the same time runs in
+    one batch. `close` frees everything. In all calls the requests of a smaller `priority` are served first, those of
+    equal priority in order; `ttft_slo_s`, the seconds in which a first token is wanted, is told to the schedule.
     """
 
     def __init__(
@@ -96,6 +68,7 @@ class LLM:
         checkpoint = open_checkpoint(path)
         self.model_name, self.config = str(model), checkpoint.config
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
+        self.encoder = Encoder(self.tokenizer, self.model_name)
         weights = load_weights(
             checkpoint,
             DTYPES[self.options.precision],
@@ -103,69 +76,85 @@ class LLM:
         )
         self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest)
         self.engine.on_stop = self._on_stop
-        self._answers: dict[str, _Answer] = {}
-        tokens = min(self.tokenizer.vocab_size, self.config.vocab_size)
-        self._grammars = Grammars(self.tokenizer.text_bytes, tokens, self.config.vocab_size, self.tokenizer.eos_ids)
-        self._numbers = itertools.count()
-        self._is_open = True
-        self.load_s = time.perf_counter() - began
+        self.answers = Answers(self.engine, self.tokenizer, self.model_name, asdict(self.options))
+        self._model = Model(self.model_name, self.engine, self.encoder, self.answers)
+        self.load_s = self.answers.load_s = time.perf_counter() - began
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        ttft_slo_s: float | None = None,
     ) -> list[Completion]:
         """Complete texts or token ids, all in one batch; in the order of the prompts, a prompt's `n` together."""
-        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
-        given = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(given) != len(many):
-            raise UserError(f"{len(many)} prompts came with {len(given)} sampling params; give one, or one for each")
-        return self._complete([(p, q or SamplingParams()) for p, q in zip(many, given)])  # type: ignore[misc]
+        many: Any = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
+        work = _pairs([partial(self.encoder.prompt, prompt) for prompt in many], params)
+        return self.answers.complete(work, priority=priority, ttft_slo_s=ttft_slo_s)
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Tools | None = None,
+        template_kwargs: Names = None,
+        priority: int = 0,
+        ttft_slo_s: float | None = None,
     ) -> list[Completion]:
-        """Answer one conversation ({"role", "content"} messages) or several."""
-        many = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        return self.generate([self.encode_chat(m) for m in many], params)  # type: ignore[arg-type]
+        """Answer one conversation ({"role", "content"} messages) or several; see `encode_chat`."""
+        many: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        work = _pairs([partial(self.encoder.chat, each, tools, template_kwargs) for each in many], params)
+        return self.answers.complete(work, priority=priority, ttft_slo_s=ttft_slo_s)
 
-    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        params: SamplingParams | None = None,
+        *,
+        tools: Tools | None = None,
+        template_kwargs: Names = None,
+        priority: int = 0,
+        ttft_slo_s: float | None = None,
+    ) -> Iterator[StreamChunk]:
         """An answer, piece by piece; a list of messages is a conversation. Closing the iterator cancels.
 
         With `n` there are several, made together and given one after the other, each with its completion at its end.
         """
-        chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-        ids: Any = self.encode_chat(prompt) if chat else prompt  # type: ignore[arg-type]
-        rids = self._add(ids, params or SamplingParams())
-        try:
-            for rid in rids:
-                last = False
-                while not last:
-                    chunk = self._next(rid)
-                    last = chunk.completion is not None
-                    yield chunk
-        finally:
-            self._abandon(rids)
+        encode = partial(self.encoder.prompt, prompt, tools, template_kwargs)
+        return self.answers.stream(encode, params, priority=priority, ttft_slo_s=ttft_slo_s)
+
+    def prefill(
+        self,
+        text: Prompt,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        template_kwargs: Names = None,
+        priority: int = 0,
+    ) -> Document:
+        """Compute the cells of a document once, then ask about it as often as you like.
+
+        It opens the user's message of a chat, after the `system` message. A `raw` text, or ids, are taken as they are.
+        """
+        return self._model.prefill(text, system, raw, template_kwargs, priority)
+
+    def load_document(self, path: str | Path) -> Document:
+        """What `Document.save` wrote. Raises UserError if it is damaged, or of another model, type or method."""
+        return self._model.load(Path(path))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as `generate` makes them."""
-        return [*self.tokenizer.bos_ids, *self.tokenizer.encode(text)]
+        return self.encoder.text(text)
 
-    def encode_chat(self, messages: Messages) -> list[int]:
+    def encode_chat(self, messages: Messages, tools: Tools | None = None, template_kwargs: Names = None) -> list[int]:
         """Token ids of a conversation, up to where the model answers. Raises UserError without a chat template."""
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise UserError(f"{self.model_name} has no chat template; use --raw, or generate() with a plain text")
-        text = render_chat(template, messages, **self.tokenizer.template_tokens)
-        return self.tokenizer.begun(self.tokenizer.encode(text, special=True))
+        return self.encoder.chat(messages, tools, template_kwargs)
 
     def close(self) -> None:
         """End every answer, free the KV, end the event log. Nothing can be asked any more."""
-        self._is_open = False
-        self._answers.clear()
-        self.engine.close()
+        self.answers.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -175,107 +164,6 @@ class LLM:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _complete(self, work: Sequence[tuple[Prompt, SamplingParams]]) -> list[Completion]:
-        rids: list[str] = []
-        try:
-            for prompt, params in work:
-                rids += self._add(prompt, params)
-            return [self._last(rid) for rid in rids]
-        finally:
-            self._abandon(rids)
-
-    def _add(self, prompt: Prompt, params: SamplingParams) -> list[str]:
-        """The requests of one prompt's answers, queued."""
-        self._check_open()
-        began = time.perf_counter()
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
-            raise UserError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}; check the ids")
-        requests = [self._request(ids, params, index) for index in range(params.n)]
-        first, rows = requests[0], watch_prompt(requests[0])
-        for index, request in enumerate(requests):
-            request.after = first.rid if index else None
-            live = self.engine.add(request)
-            self._answers[request.rid] = _Answer(live, live.stamps.arrived - began, index, rows)
-        return [request.rid for request in requests]
-
-    def _request(self, ids: list[int], params: SamplingParams, index: int) -> Request:
-        """Answer `index` of a prompt. Raises UserError on what this model can't do."""
-        if bad := [i for i in (*params.stop_token_ids, *params.logit_bias) if i >= self.config.vocab_size]:
-            raise UserError(f"token id {bad[0]} is not in the vocabulary of {self.config.vocab_size}; check the ids")
-        own = params if params.seed is None else replace(params, seed=params.seed + index)
-        return Request(
-            f"r{next(self._numbers)}",
-            ids,
-            own,
-            eos_ids=self.tokenizer.eos_ids,
-            text=Detokenizer(self.tokenizer),
-            structure=self._grammars.structure(params),
-        )
-
-    def _next(self, rid: str) -> StreamChunk:
-        """The next piece of one answer; pieces of others that come meanwhile wait for their readers."""
-        self._check_open()
-        while not self._answers[rid].chunks:
-            for output in self.engine.step():
-                if (answer := self._answers.get(output.rid)) is not None:
-                    answer.chunks.append(self._chunk(answer, output))
-        return self._answers[rid].chunks.popleft()
-
-    def _check_open(self) -> None:
-        if not self._is_open:
-            raise UserError("this LLM was closed; make another one")
-
-    def _last(self, rid: str) -> Completion:
-        while (completion := self._next(rid).completion) is None:
-            pass
-        return completion
-
-    def _chunk(self, answer: _Answer, output: TokenOutput) -> StreamChunk:
-        """An engine's output as its reader gets it."""
-        answer.text += output.text
-        self._name(output.logprobs or [])
-        completion = None if output.finish_reason is None else self._finish(answer)
-        return StreamChunk(output.text, output.new_ids, completion, output.logprobs, answer.index)
-
-    def _name(self, places: Sequence[Logprobs | None]) -> None:
-        """Give the tokens of log-probabilities their texts."""
-        for token, entry in ((token, entry) for place in places for token, entry in (place or {}).items()):
-            entry.decoded_token = self.tokenizer.decode([token])
-
-    def _finish(self, answer: _Answer) -> Completion:
-        live, text, decoding = answer.live, answer.text, answer.live.decoding
-        facts = report(live, self.engine.parts)
-        facts["timings"] = {"load_s": self.load_s, "tokenize_s": answer.tokenize_s} | facts["timings"]
-        facts["ttft_s"] += answer.tokenize_s
-        head = {"schema_version": SCHEMA_VERSION, "model": self.model_name, "text": text}
-        settings = asdict(self.options)
-        facts = head | facts | {"settings": settings | {"sampling": asdict(live.request.sampling)}}
-        logprobs = None if decoding.params.logprobs is None else decoding.logprobs
-        self._name(answer.prompt_logprobs or [])
-        facts |= {"index": answer.index, "stop_reason": decoding.stop_reason}
-        for key, places in (("logprobs", logprobs), ("prompt_logprobs", answer.prompt_logprobs)):
-            facts |= {} if places is None else {key: [_plain(place) for place in places]}
-        return Completion(
-            list(live.request.prompt_ids),
-            decoding.token_ids,
-            text,
-            live.finish_reason or "error",
-            facts,
-            answer.index,
-            decoding.stop_reason,
-            logprobs,
-            answer.prompt_logprobs,
-        )
-
-    def _abandon(self, rids: Sequence[str]) -> None:
-        """Whatever is still under way of these is cancelled, and gone when this returns."""
-        left = [rid for rid in rids if self._answers.pop(rid, None) is not None]
-        for rid in left:
-            self.engine.cancel(rid)
-        while any(self.engine.is_live(rid) for rid in left):
-            self.engine.step()
-
     def _on_stop(self, work: Pass, stop: Stop) -> None:
         layers = self.config.num_layers
         for live, segment in zip(work.lives, work.unit.segments):
@@ -284,10 +172,15 @@ class LLM:
                 self._progress(Progress("prefill", t0 + (t1 - t0) * done, live.num_prompt, live.rid))
 
 
-def _plain(place: Logprobs | None) -> dict[str, Any] | None:
-    """Log-probabilities of one place as JSON has them."""
-    return None if place is None else {str(token): asdict(entry) for token, entry in place.items()}
-
-
 def _is_ids(prompts: Any) -> bool:
     return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
+
+
+def _pairs(
+    prompts: Sequence[Encode], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Encode, SamplingParams]]:
+    """Each prompt with its sampling params."""
+    given = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+    if len(given) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts came with {len(given)} sampling params; give one, or one for each")
+    return [(prompt, each or SamplingParams()) for prompt, each in zip(prompts, given)]

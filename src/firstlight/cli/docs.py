@@ -18,7 +18,20 @@ from firstlight.cli.options import panel_of
 from firstlight.core.config import Options
 
 PATH_OF_A_PROMPT = [
-    *("llm", "core", "cli", "prompt", "reuse", "schedule", "engine", "models", "tokens", "attention", "cache"),
+    *(
+        "llm",
+        "llm_async",
+        "core",
+        "cli",
+        "prompt",
+        "reuse",
+        "schedule",
+        "engine",
+        "models",
+        "tokens",
+        "attention",
+        "cache",
+    ),
     *("decode", "kernels", "simulate", "evaluate"),
 ]
 """The order of the tree: what everything is made of, then the stations of a prompt, then what stands beside them."""

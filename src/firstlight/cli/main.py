@@ -34,6 +34,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "run": Verb("firstlight.cli.run:run", "Answer a prompt, with documents before it, or chat."),
+    "prefill": Verb("firstlight.cli.prefill:prefill", "Prefill a document once, to ask about it often."),
     "bench": Verb("firstlight.cli.bench:app", "Measure time to first token, decode speed and throughput."),
     "eval": Verb("firstlight.cli.eval:evaluate", "Measure what a setting does to quality."),
     "models": Verb("firstlight.cli.models:app", "List, fetch and describe models."),

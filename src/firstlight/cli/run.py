@@ -30,6 +30,9 @@ def run(
     document: Annotated[
         list[str], typer.Option("-f", "--document", metavar="FILE", help="Text before the prompt; - is stdin.")
     ] = [],  # noqa: B006
+    prefilled: Annotated[
+        str | None, typer.Option("--prefilled", metavar="DOC", help="Ask about a document of `firstlight prefill`.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
@@ -45,29 +48,41 @@ def run(
     firstlight run smollm2 -f report.txt -p "What does it cost?" --max-tokens 60
 
     git diff | firstlight run smollm2 -p "Describe this change."
+
+    firstlight run smollm2 --prefilled report.doc -p "What does it cost?"
     """
-    if wants_chat(prompt, document) and not (raw or as_json):
+    if prefilled is None and wants_chat(prompt, document) and not (raw or as_json):
         from firstlight.cli.chat import chat  # here, because it is made of what stands below
 
         chat(model, document, system, sampling, options)
         return
+    if prefilled is not None and (raw or system is not None):
+        flag = "--raw" if raw else "--system"
+        raise UserError(f"{flag} was settled when the document was prefilled; leave it out")
     if raw and system is not None:
         raise UserError("--system has no place in a --raw prompt; leave one of the two out")
     text = gather(prompt, document)
-    completion = answer(model, text if raw else as_messages(text, system), sampling, options, quiet=as_json)
+    words: Any = text if raw or prefilled is not None else as_messages(text, system)
+    completion = answer(model, words, sampling, options, prefilled, quiet=as_json)
     conclude(completion.report, as_json)
 
 
-def answer(model: str, prompt: Any, sampling: SamplingParams, options: Options, *, quiet: bool) -> Completion:
-    """The completion of a prompt; its text goes to stdout as it comes, unless `quiet`. Leaves nothing behind."""
+def answer(
+    model: str, prompt: Any, sampling: SamplingParams, options: Options, prefilled: str | None = None, *, quiet: bool
+) -> Completion:
+    """The completion of a prompt, or of a question about a document; leaves nothing behind.
+
+    Its text goes to stdout as it comes, unless `quiet`.
+    """
     from firstlight import LLM  # here, because it brings torch
 
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
     with contextlib.ExitStack() as cleanup:
         bars = cleanup.enter_context(Bars())
         llm = cleanup.enter_context(LLM(model, progress=bars, **settings))
+        asked = llm if prefilled is None else llm.load_document(prefilled)
         # Closing the stream cancels the request, whatever ended the loop.
-        stream: Any = llm.stream(prompt, sampling)
+        stream: Any = asked.stream(prompt, sampling)
         cleanup.enter_context(contextlib.closing(stream))
         return print_stream(stream, bars, quiet)
 

@@ -127,6 +127,12 @@ def recipe(parts: Sequence[Part]) -> str:
     return hashlib.sha256(json.dumps(sorted(altering, key=str), sort_keys=True, default=str).encode()).hexdigest()
 
 
+def recipe_text(parts: Sequence[Part]) -> str:
+    """The same for people: the parts that alter cells as `--method` takes them, or "exact"."""
+    altering = sorted((p.method, dataclasses.asdict(p.config)) for p in parts if p.capability.alters_cells)
+    return " ".join(f"{name}:{','.join(f'{k}={v}' for k, v in given.items())}" for name, given in altering) or "exact"
+
+
 def _refuse_collisions(parts: Sequence[Part]) -> None:
     """One planner and one retention a request; row policies of different methods would cut the same rows."""
     owner: dict[str, str] = {}

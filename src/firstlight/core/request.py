@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from firstlight.core.errors import UserError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -174,9 +175,21 @@ class Structure(Protocol):
         """The next token, one of those that were allowed."""
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Known:
+    """Cells that an engine holds: the K/V of a document's `num_tokens` tokens.
+
+    `table`: their blocks, i32 [L, Hkv, columns]; 0 where a layer keeps none.
+    """
+
+    number: int
+    table: NDArray[Any]
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class Request:
-    """One prompt on its way through the engine, to one answer."""
+    """One prompt on its way through the engine, to one answer. `priority`: a smaller number is served first."""
 
     rid: str
     prompt_ids: Sequence[int]
@@ -197,6 +210,24 @@ class Request:
     """A request of the same prompt. Where prefixes are cached this one waits until that one is prefilled or gone."""
     choose: Chooser | None = None
     """Picks generated tokens in the place of sampling: a given text word for word, or another speaker's turn."""
+
+    known: Known | None = None
+    """Cells of the prompt's beginning; at least one token comes after them."""
+    keep: Callable[[Known | None], None] | None = None
+    """Gets the prompt's own cells, to keep them; None without room for that. For requests of one token, which write no
+    cell after the prompt."""
+
+    def __post_init__(self) -> None:
+        slo = self.ttft_slo_s
+        if type(self.priority) is not int or abs(self.priority) > MOST_PRIORITY:
+            raise UserError(
+                f"priority={self.priority!r} is out of range; give a whole number, ±{MOST_PRIORITY} at most"
+            )
+        if slo is not None and not (isinstance(slo, int | float) and 0 < slo < float("inf")):
+            raise UserError(f"ttft_slo_s={slo!r} is no length of time; give seconds, more than 0")
+
+
+MOST_PRIORITY = 1_000_000
 
 
 @dataclass(slots=True)

@@ -161,13 +161,20 @@ class Cut(Account):
 
 
 @dataclass(frozen=True, slots=True)
+class Pinned(Account):
+    """Between units, blocks went to documents or came back from them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Timer:
     """The time a plan asked for with `wake_at` has come."""
 
     tag: str = ""
 
 
-Event = Arrival | Admitted | NotAdmitted | Cancel | Cancelled | Preempted | UnitDone | UnitYielded | Cut | Timer
+Event = (
+    Arrival | Admitted | NotAdmitted | Cancel | Cancelled | Preempted | UnitDone | UnitYielded | Cut | Pinned | Timer
+)
 
 
 @dataclass(frozen=True, slots=True)

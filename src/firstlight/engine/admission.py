@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from firstlight.cache.pool import Pool
+import numpy as np
+
+from firstlight.cache.pool import Ids, Pool
 from firstlight.cache.table import RequestKV, blocks_for
 from firstlight.cache.windows import Windows
 from firstlight.core.config import format_bytes
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Part, recipe
-from firstlight.core.request import Request
+from firstlight.core.request import Known, Request
 from firstlight.core.schedule import Arrival
 from firstlight.core.view import ViewConfig
 from firstlight.engine.live import LiveRequest
+from firstlight.engine.pins import Pins
 from firstlight.reuse.prefix import Hit, PrefixCache
 
 
@@ -50,6 +53,7 @@ class Admission:
         local = 0 if self.windows is None else int(self.windows.layers.sum())
         self._lasting = config.blocks_per_column // config.num_layers * (config.num_layers - local)
         """Blocks of a column that a request holds until it ends."""
+        self.pins = Pins(pool)
         self.root = b""
         """Where this engine's chains of columns begin: model, dtype, recipe."""
         if cache is not None:
@@ -57,7 +61,7 @@ class Admission:
             self.root = cache.root(limits.model_digest, str(pool.layout.dtype), recipe(parts))
 
     def open(self, request: Request) -> LiveRequest:
-        """A request's state. Raises UserError if it can never run."""
+        """A request's state. Raises UserError if its length alone forbids it."""
         tokens, limit = len(request.prompt_ids), self.limits.max_model_len
         if tokens == 0:
             raise UserError("the prompt is empty; give at least one token")
@@ -65,22 +69,30 @@ class Admission:
             raise UserError(
                 f"the prompt has {tokens} tokens, the limit is {limit - 1}; shorten it or raise max_model_len"
             )
-        need = self.blocks(tokens + 1)
-        if need > self.pool.total:
-            have, lack = (format_bytes(n * self.pool.block_nbytes) for n in (self.pool.total, need))
-            raise UserError(f"the prompt's KV needs {lack}, the pool has {have}; give more with --kv-memory")
         layers = self.config.num_layers
         kv = RequestKV(self.pool, layers, self.config.blocks_per_column // layers, self.windows)
         return LiveRequest(request, kv, layers, self.parts, self.limits.seed)
 
+    def check_room(self, live: LiveRequest) -> None:
+        """Raises UserError if a request could not run even alone beside the documents.
+
+        Documents come and go on another thread: each side makes itself known before it looks for the other.
+        """
+        need, left = self.need(live), self._left()
+        if need > left:
+            have, lack = (format_bytes(n * self.pool.block_nbytes) for n in (left, need))
+            beside = " beside the documents" if self.pins.num_blocks else ""
+            raise UserError(f"the prompt's KV needs {lack}, the pool has {have}{beside}; give more with --kv-memory")
+
     def arrival(self, live: LiveRequest) -> Arrival:
         """What the policy is told of a new request."""
         request, capabilities = live.request, [p.capability for p in self.parts]
+        known = request.known.num_tokens if request.known else 0
         return Arrival(
             rid=live.rid,
             n_tokens=live.num_prompt,
-            n_uncached=live.num_prompt,
-            need_blocks=self.blocks(live.num_prompt + 1),
+            n_uncached=live.num_prompt - known,
+            need_blocks=self.need(live),
             max_tokens=request.sampling.max_tokens,
             whole_prompt=any(c.whole_prompt for c in capabilities),
             chunk=min((c.chunk for c in capabilities if c.chunk is not None), default=None),
@@ -96,18 +108,72 @@ class Admission:
             return self.windows.promise(tokens, self.config.blocks_per_column // self.config.num_layers)
         return int(blocks_for(tokens)) * self.config.blocks_per_column
 
-    def longest(self) -> int:
-        """Tokens at which a request ends: the context, or all that the pool could hold of it alone."""
+    def need(self, live: LiveRequest) -> int:
+        """Blocks that a request takes when it starts: its tokens, one more, without what it shares of a document."""
+        return self.blocks(live.num_known + 1) - self._shared(live, self._document(live))
+
+    def _shared(self, live: LiveRequest, hit: Hit) -> int:
+        """Blocks of a hit that stay shared. A retention rewrites what it keeps; what goes behind a window goes."""
+        return 0 if live.retention is not None else len(hit.columns) * self._lasting
+
+    def longest(self, live: LiveRequest) -> int:
+        """Tokens at which a request ends: the context, or all that the pool could hold of it beside the documents."""
         block = self.config.block_size
         columns = range(1, self.limits.max_model_len // block + 2)
-        fitting = bisect_right(columns, self.pool.total, key=lambda n: self.blocks(n * block))
+        room = self._left() + self._shared(live, self._document(live))
+        fitting = bisect_right(columns, room, key=lambda n: self.blocks(n * block))
         return min(self.limits.max_model_len, fitting * block)
+
+    def _left(self) -> int:
+        """Blocks that one request alone could have."""
+        return self.pool.total - self.pins.num_blocks
+
+    def check_documents(self) -> None:
+        """Raises UserError if a method in use leaves cells out, or makes them depend on what comes later."""
+        for part in self.parts:
+            if part.seam in ("tokens", "cache") or not part.capability.prefix_stable:
+                raise UserError(
+                    f"{part.method} needs the whole prompt, and a document comes without its questions; "
+                    "leave the method out"
+                )
+
+    def keep(self, live: LiveRequest, others: Iterable[LiveRequest]) -> Known | None:
+        """Pin a prefilled prompt's cells. None if others that were let in could then never run."""
+        assert live.kv.is_identity, "a document's cells are whole"
+        table = live.kv.table[:, :, : int(blocks_for(live.num_prompt))].copy()
+        if self.windows is not None:  # of windows only the last is of use
+            table[self.windows.layers, :, : self.windows.first(live.num_prompt)] = 0
+        known = self.pins.add(table, live.num_prompt)
+        if all(self.need(other) <= self._left() for other in others):
+            return known
+        self.pins.release(known)
+        return None
+
+    def load(self, held: Ids, num_tokens: int, fill: Callable[[Ids], None], others: Iterable[LiveRequest]) -> Known:
+        """Pin cells from elsewhere: `fill` writes blocks for each true place of bool `held` [L, Hkv, columns].
+
+        Raises UserError if there is no room for them beside `others`.
+        """
+        count, free = int(np.count_nonzero(held)), self.pool.available
+        table = np.zeros(held.shape, np.int32)
+        if count <= free:
+            ids = table[held] = self.pool.take(count)
+            known = self.pins.add(table, num_tokens)
+            self.pool.release(ids)
+            if all(self.need(other) <= self._left() for other in others):
+                fill(table)
+                return known
+            self.pins.release(known)
+        lack, have = (format_bytes(n * self.pool.block_nbytes) for n in (count, free))
+        raise UserError(f"the document's KV needs {lack}, {have} is free; give more with --kv-memory")
 
     def admit(self, live: LiveRequest) -> bool:
         """Look the prefix up and pin it, reserve the rest of the prompt's blocks. False if they aren't there."""
         began = time.perf_counter()
-        hit = self._find(live)
-        got = next((tried for tried in self._tries(live, hit) if self._adopt(live, tried)), None)
+        sure, hit = self._document(live), self._find(live)
+        if live.request.known and hit.num_tokens <= sure.num_tokens:
+            hit = sure
+        got = next((tried for tried in self._tries(live, hit, sure) if self._adopt(live, tried)), None)
         if got is None:
             return False
         held = got.num_tokens
@@ -120,13 +186,17 @@ class Admission:
             live.stamps.reuse_s += time.perf_counter() - began
         return True
 
-    def _tries(self, live: LiveRequest, hit: Hit) -> Iterator[Hit]:
-        """What a hit pins may be all that the rest could have been put into: then less of it must do."""
+    def _tries(self, live: LiveRequest, hit: Hit, sure: Hit) -> Iterator[Hit]:
+        """What a hit pins may be all that the rest could have been put into: then less of it must do.
+
+        `sure` is what the request brings: others can't have put anything there.
+        """
         yield hit
-        if hit.partial is not None:
-            yield self._find(live, len(hit.columns) * self.config.block_size)
-        if hit.num_tokens:
-            yield Hit()
+        whole = len(hit.columns) * self.config.block_size
+        if hit is not sure and hit.partial is not None and whole > sure.num_tokens:
+            yield self._find(live, whole)
+        if hit.num_tokens > sure.num_tokens:
+            yield sure
 
     def _adopt(self, live: LiveRequest, hit: Hit) -> bool:
         """Begin with the hit's tokens and reserve the rest; False, and nothing done, if it can't be."""
@@ -136,9 +206,7 @@ class Admission:
         pinned = [column.ravel() for column in (*whole, source) if column is not None]
         for column in pinned:
             self.pool.hold(column)
-        # A retention rewrites what it keeps, so in the end nothing is shared. Nor is what goes behind a window.
-        shared = 0 if live.retention is not None else len(whole) * self._lasting
-        need = self.blocks(live.num_known + 1) - shared
+        need = self.blocks(live.num_known + 1) - self._shared(live, hit)
         if need > self.pool.available:
             for column in pinned:
                 self.pool.release(column)
@@ -149,6 +217,24 @@ class Admission:
             live.kv.copy_column(source, held)
             self.pool.release(source.ravel())
         return True
+
+    def _document(self, live: LiveRequest) -> Hit:
+        """What the request brings itself; nothing if it asks about no document."""
+        known, block = live.request.known, self.config.block_size
+        if known is None:
+            return Hit()
+        table = known.table
+        if self.windows is not None:
+            end = min(known.num_tokens, live.num_prompt - self._fresh_rows(live))
+            first, local = max(0, end - self.windows.size + 1) // block, self.windows.layers
+            if (table[local, :, first:] == 0).any():
+                return Hit(reason=f"the document keeps no window at token {end}")
+            table = table.copy()
+            table[local, :, :first] = 0
+        whole, rest = divmod(known.num_tokens, block)
+        columns = tuple(table[:, :, number] for number in range(whole))
+        partial = table[:, :, whole] if rest else None
+        return Hit(columns, partial, known.num_tokens, f"the document ends at token {known.num_tokens}")
 
     def _find(self, live: LiveRequest, limit: int | None = None) -> Hit:
         """What the prefix cache holds of a prompt's first `limit` tokens (None: of all), and why not more."""

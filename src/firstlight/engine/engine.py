@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from firstlight.cache.pool import Pool
+from firstlight.cache.pool import Ids, Pool
 from firstlight.cache.table import blocks_for
 from firstlight.core import schedule as told
+from firstlight.core.errors import UserError
 from firstlight.core.registry import Part
-from firstlight.core.request import Request, TokenOutput
+from firstlight.core.request import Known, Request, TokenOutput
 from firstlight.core.schedule import Event, Plan, Policy, Segment, WorkUnit, legal
 from firstlight.core.view import View, ViewConfig
 from firstlight.decode.sampling import sample
@@ -85,13 +86,21 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._lives)
+        """Whether a step would do something: requests are under way, or outputs of a failed pass wait."""
+        return bool(self._lives or self._outputs)
 
     def add(self, request: Request) -> LiveRequest:
         """Queue a request. Raises UserError if it can never run."""
         assert request.rid not in self._lives, f"a request {request.rid!r} is under way"
         live = self.admission.open(request)
         self._lives[request.rid] = live
+        try:
+            self.admission.check_room(live)
+            if request.known is not None:
+                self.admission.pins.retain(request.known)
+        except UserError:
+            del self._lives[request.rid]
+            raise
         self._held[live.rid] = self.admission.arrival(live)
         leader = self._lives.get(request.after or "")
         if self.cache is None or leader is None or leader.stamps.prefilled:
@@ -108,13 +117,19 @@ class Engine:
             self._enter(rid)
             self._inbox.append(told.Cancel(rid))
 
+    def load(self, held: Ids, num_tokens: int, fill: Callable[[Ids], None]) -> Known:
+        """A document's cells from elsewhere, as `Admission.load` says; by the thread of `step`, between steps."""
+        known = self.admission.load(held, num_tokens, fill, list(self._lives.values()))
+        self._inbox.append(told.Pinned(**self._account()))
+        return known
+
     def step(self) -> list[TokenOutput]:
         """Decide if there is something new, then run one unit until it ends or is told to wait. Returns new tokens."""
         if events := self._drain():
             self._decide(events)
         if self._queue:
             self._run(self._queue.popleft())
-        elif not events and not self._inbox and self._lives:
+        elif not events and not self._inbox and self.view.requests:
             self._sleep()
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -125,6 +140,7 @@ class Engine:
             live_unit.stops.close()
         for live in list(self._lives.values()):
             self._forget(live)
+        self.admission.pins.clear()
         if self.cache is not None:
             self.cache.clear()
         if self.log is not None:
@@ -143,6 +159,8 @@ class Engine:
             events.append(event)
             if isinstance(event, told.Cancel):
                 self._cancel(event.rid)
+        if self.admission.pins.sweep():  # last, since what it tells is the state of now
+            events.append(told.Pinned(**self._account()))
         if self._wake_at is not None and self._now() >= self._wake_at:
             self._wake_at = None
             events.append(told.Timer())
@@ -179,7 +197,7 @@ class Engine:
 
     def _sleep(self) -> None:
         """Nothing to do before the policy's alarm. Without one, a policy has forgotten somebody."""
-        assert self._wake_at is not None, f"the policy left {sorted(self._lives)} without work"
+        assert self._wake_at is not None, f"the policy left {sorted(self.view.requests)} without work"
         time.sleep(max(0.0, min(self._wake_at - self._now(), 0.05)))
 
     def _account(self) -> dict[str, Any]:
@@ -202,7 +220,7 @@ class Engine:
         if max(live.f) > 0 or self.admission.admit(live):
             self._inbox.append(told.Admitted(rid=live.rid, n_cached=live.n_cached, **self._account()))
             return
-        need = self.admission.blocks(live.num_known + 1)
+        need = self.admission.need(live)
         self._inbox.append(told.NotAdmitted(rid=live.rid, need_blocks=need, **self._account()))
 
     def _preempt(self, live: LiveRequest, how: told.PreemptHow) -> None:
@@ -217,7 +235,7 @@ class Engine:
             live.kv.release()
             self.machine.park.drop(live.rid)
             live.restart()
-            need = self.admission.blocks(live.num_known + 1)
+            need = self.admission.need(live)
         self._inbox.append(told.Preempted(rid=live.rid, how=how, need_blocks=need, **self._account()))
 
     def _cancel(self, rid: str) -> None:
@@ -254,6 +272,8 @@ class Engine:
         live.kv_end = live.kv.nbytes
         live.kv.release()
         self.machine.park.drop(live.rid)
+        if live.request.known is not None:
+            self.admission.pins.release(live.request.known)
         self._lives.pop(live.rid, None)
         self._held.pop(live.rid, None)
         self._enter_after(live.rid)
@@ -334,6 +354,7 @@ class Engine:
             if not live.stamps.prefilled and live.f[-1] >= live.num_prompt:
                 live.stamps.prefilled = prefilled
                 self.admission.publish_prompt(live)
+                self._keep(live)
                 self._enter_after(live.rid)
         sampled = self._sample([live for live in lives if live.rid in live_unit.work.logits], live_unit.work)
         finished = [live for live in lives if live.finish_reason and not live.cancelled]
@@ -357,6 +378,12 @@ class Engine:
             if live.cancelled and live.rid in self._lives:
                 self._gone(live)
 
+    def _keep(self, live: LiveRequest) -> None:
+        """Hand over a prompt's cells to whoever asked for them."""
+        if live.request.keep is not None and not live.cancelled:
+            others = [other for other in list(self._lives.values()) if other is not live]
+            live.request.keep(self.admission.keep(live, others))
+
     def _sample(self, lives: list[LiveRequest], work: Pass) -> dict[str, int]:
         """One token for each request whose last row went through the head."""
         lives = [live for live in lives if not live.cancelled]
@@ -373,7 +400,7 @@ class Engine:
         live.ids.append(token)
         live.stamps.first_token = live.stamps.first_token or time.perf_counter()
         live.finish_reason = live.decoding.take(token)
-        if live.finish_reason is None and live.num_known >= self.admission.longest():
+        if live.finish_reason is None and live.num_known >= self.admission.longest(live):
             live.finish_reason = "length"
         self._outputs.append(live.decoding.output(live.finish_reason))
 

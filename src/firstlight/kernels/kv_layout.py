@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from firstlight.kernels.native import lib
@@ -21,6 +22,9 @@ class KVLayout:
 
     Shapes: k [num_blocks, D / pair, 64, pair], v [num_blocks, 64 / pair, D, pair].
     """
+
+    tag = "pairs"
+    """Names the meaning of a block's bytes: what `export` gave can be restored under the same tag only."""
 
     def __init__(self, num_blocks: int, head_dim: int, dtype: torch.dtype) -> None:
         self.head_dim, self.dtype = head_dim, dtype
@@ -71,6 +75,17 @@ class KVLayout:
         """Copy whole blocks i64 [n] -> i64 [n]."""
         self.k.index_copy_(0, dst, self.k.index_select(0, src))
         self.v.index_copy_(0, dst, self.v.index_select(0, src))
+
+    def export(self, blocks: Tensor) -> NDArray[np.uint8]:
+        """The bytes of whole blocks i64 [n], u8 [n, block_nbytes]: K, then V, as they are stored."""
+        halves = [store.index_select(0, blocks).flatten(1).view(torch.uint8).numpy() for store in (self.k, self.v)]
+        return np.concatenate(halves, axis=1)
+
+    def restore(self, blocks: Tensor, data: NDArray[np.uint8]) -> None:
+        """Put the bytes u8 [n, block_nbytes] that `export` gave into whole blocks i64 [n]."""
+        where = blocks.numpy()
+        for store, half in zip((self.k, self.v), np.split(data, 2, axis=1)):
+            store.flatten(1).view(torch.uint8).numpy()[where] = half
 
     def _place(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Block and place of each slot, flat."""

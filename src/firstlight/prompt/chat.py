@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import secrets
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -38,6 +39,8 @@ def render_chat(
 
     `kwargs` are further variables of the template. UserError where the template fails or refuses the messages.
     """
+    if tools and "tools" not in template:
+        raise UserError("the model's chat template has no place for tools; describe them in a message, or use another")
     names: dict[str, Any] = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
     names |= {"bos_token": bos_token, "eos_token": eos_token, **kwargs}
     try:
@@ -51,6 +54,20 @@ def render_chat(
         raise UserError(
             f"the model's chat template fails on these messages ({what}); use --raw or change them"
         ) from None
+
+
+def render_around(template: str, system: str | None, **kwargs: Any) -> tuple[str, str]:
+    """The text of a chat of one user message, before that message and after it; `kwargs` as for `render_chat`.
+
+    A text can then be tokenised apart from what follows it. UserError as above, and where the template changes or
+    repeats what the user says.
+    """
+    words = secrets.token_hex(16)
+    lead = [{"role": "system", "content": system}] if system is not None else []
+    before, found, after = render_chat(template, [*lead, {"role": "user", "content": words}], **kwargs).partition(words)
+    if not found or words in after:
+        raise UserError("the model's chat template changes or repeats the user's text; use --raw or another model")
+    return before, after
 
 
 class _Refused(Exception):

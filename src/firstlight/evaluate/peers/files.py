@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from firstlight.core.errors import UserError
+from firstlight.core.files import write_atomically
 from firstlight.evaluate.peers import process
 from firstlight.evaluate.peers.environments import Tell, environment, home, python_of
 from firstlight.evaluate.peers.recipes import Recipe
 from firstlight.models.weights.digest import digest_of
-from firstlight.models.weights.store import write_atomically
 
 CONVERT_LIMIT_S = 1800.0
 _LAYOUT = "1"  # raise it when the meaning of a made file changes

@@ -11,7 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from firstlight.models.weights.store import cache_dir, write_atomically
+from firstlight.core.files import write_atomically
+from firstlight.models.weights.store import cache_dir
 
 
 def digest_of(files: Sequence[Path]) -> str:

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from firstlight.core.errors import UserError
+from firstlight.core.files import write_atomically
 
 if TYPE_CHECKING:
     from firstlight.models.weights.checkpoint import Checkpoint
@@ -55,19 +55,6 @@ def cache_bound() -> int:
 def cache_size() -> int:
     """Bytes that the weight cache holds now."""
     return sum(size for _, size, _ in _entries())
-
-
-@contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
-    """A partial file beside `path` to write to; it takes the place of `path` on success and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
-    try:
-        partial.touch(exist_ok=False)
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_weights(
