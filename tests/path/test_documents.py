@@ -63,26 +63,36 @@ def prefilled(engine: Engine, ids: list[int]) -> Known:
     return known
 
 
+def blocks_of(table: Any) -> Tensor:
+    return torch.from_numpy(table[table > 0]).long()
+
+
 def copied(engine: Engine, known: Known, into: Engine) -> Known:
     """The same cells in another engine, as a load does it."""
-    data = [engine.pool.layout.export(torch.from_numpy(known.table[layer].ravel()).long()) for layer in (0, 1)]
+    data = engine.pool.layout.export(blocks_of(known.table))
 
     def fill(table: Any) -> None:
-        for layer in (0, 1):
-            into.pool.layout.restore(torch.from_numpy(table[layer].ravel()).long(), data[layer])
+        into.pool.layout.restore(blocks_of(table), data)
 
     return into.load(known.table > 0, known.num_tokens, fill)
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-@settings(max_examples=6)
-@given(seed=st.integers(0, 10**6), cache=st.sampled_from(["on", "off"]), is_loaded=st.booleans())
-def test_questions_get_the_bits_of_one_dense_pass(precision: str, seed: int, cache: str, is_loaded: bool) -> None:
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10**6),
+    family=st.sampled_from(["llama", "mistral", "gemma3"]),
+    cache=st.sampled_from(["on", "off"]),
+    is_loaded=st.booleans(),
+)
+def test_questions_get_the_bits_of_one_dense_pass(
+    precision: str, seed: int, family: str, cache: str, is_loaded: bool
+) -> None:
     """Several at once, in chunks, stopped anywhere, preempted: the document's cells are found as they were made."""
     rng = random.Random(seed)
     ids = [rng.randrange(VOCABULARY) for _ in range(rng.choice([1, 63, 64, 65, 130, 200, 320]))]
     asked = [[rng.randrange(VOCABULARY) for _ in range(rng.choice([1, 2, 40, 64, 100]))] for _ in range(4)]
-    settings = {"precision": precision, "deterministic": True}
+    settings = {"family": family, "precision": precision, "deterministic": True}
     dense = tiny_engine(prefix_cache="off", **settings)
     # Room for the document, and for about two questions of four at a time: one may have to be preempted.
     columns = -(-len(ids) // 64) + 5
@@ -117,7 +127,7 @@ def drain_pins(engine: Engine) -> None:
 def test_whole_columns_are_shared_and_the_last_is_copied() -> None:
     engine = tiny_engine(prefix_cache="off")
     known = prefilled(engine, list(range(200)))
-    before, cells = engine.pool.used, engine.pool.layout.export(torch.from_numpy(known.table.ravel()).long())
+    before, cells = engine.pool.used, engine.pool.layout.export(blocks_of(known.table))
     live, _ = enter(engine, "q", [*range(200), 7, 8])
     drain(engine)
     alone = live.kv.peak_nbytes
@@ -128,7 +138,7 @@ def test_whole_columns_are_shared_and_the_last_is_copied() -> None:
     assert new * engine.pool.block_nbytes == alone // 4, "one column of four is its own"
     drain(engine)
     assert engine.pool.used == before
-    after = engine.pool.layout.export(torch.from_numpy(known.table.ravel()).long())
+    after = engine.pool.layout.export(blocks_of(known.table))
     assert (cells == after).all(), "nobody wrote into the document"
 
 

@@ -107,12 +107,17 @@ class Answers:
             raise UserError(f"token id {bad[0]} is not in the vocabulary of {self._vocab_size}; check the ids")
         requests = [self._request(ids, params, index, terms) for index in range(params.n)]
         first, rows = requests[0], watch_prompt(requests[0])
-        for index, request in enumerate(requests):
-            request.after = first.rid if index else None
-            with self._entering:  # its first output may be made before this is over
-                live = self._engine.add(request)
-                answer = _Answer(live, live.stamps.arrived - began, index, rows, give=give)
-                self._answers[request.rid] = answer
+        try:
+            for index, request in enumerate(requests):
+                request.after = first.rid if index else None
+                with self._entering:  # its first output may be made before this is over
+                    live = self._engine.add(request)
+                    answer = _Answer(live, live.stamps.arrived - began, index, rows, give=give)
+                    self._answers[request.rid] = answer
+        except BaseException:
+            for request in requests:
+                self.forget(request.rid)
+            raise
         self.turns.wake()
         return [request.rid for request in requests]
 
