@@ -152,6 +152,24 @@ def test_the_best_two_settings_run_and_the_sweep_is_remembered(contest: Callable
     assert len((environments.home() / "sweeps.jsonl").read_text().splitlines()) == 6
 
 
+def test_an_interrupted_contest_keeps_what_it_has(
+    contest: Callable[..., Any], runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = process.measure, itertools.count()
+
+    def measure(*args: Any, **kwargs: Any) -> process.Outcome:
+        if next(calls) == 2:  # after float32's answers and the first peer's round
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(process, "measure", measure)
+    rows = contest(peer("one", runner, {}), peer("two", runner, {}))
+    assert [(row["engine"], "ttft_s" in row, row["failed"]) for row in rows] == [
+        *[("one", True, None)] * 2,
+        *[("two", False, "interrupted")] * 2,
+    ]
+
+
 def test_exact_and_quantised_are_chosen_apart_and_a_gap_has_its_reason(
     contest: Callable[..., Any], runner: str
 ) -> None:

@@ -132,22 +132,28 @@ class Contest:
         return answers
 
     def _rounds(self, finalists: Sequence[Variant]) -> dict[tuple[str, str, bool], _Runs]:
-        """All rounds; a finalist that fails in one has no part in those after it."""
+        """All rounds; a finalist that fails in one has no part in those after it. Ctrl-C ends them early."""
         runs = {(v.peer, v.label, v.exact): _Runs() for v in finalists}
-        for number in range(self._task.rounds):
-            for variant in finalists:
-                done = runs[variant.peer, variant.label, variant.exact]
-                if done.failed:
-                    continue
-                self._tell(f"round {number + 1}/{self._task.rounds}: {variant.peer} {variant.label}")
-                asked = (0, 0) if number else QUESTIONS
-                outcome = self._measure(
-                    self._recipes[variant.peer], variant, self._task.lengths, self._task.tokens, asked
-                )
-                done.failed = outcome.failed
-                done.elsewhere = max(done.elsewhere, outcome.elsewhere)
-                done.answers += [outcome.answer] if outcome.answer else []
+        try:
+            for number in range(self._task.rounds):
+                for variant in finalists:
+                    self._run(variant, runs[variant.peer, variant.label, variant.exact], number)
+        except KeyboardInterrupt:
+            self._tell("interrupted: the rows hold what was measured until now")
+            for run in runs.values():
+                run.failed = run.failed or (None if run.answers else "interrupted")
         return runs
+
+    def _run(self, variant: Variant, done: _Runs, number: int) -> None:
+        """One finalist's part in one round. The questions are asked in the first."""
+        if done.failed:
+            return
+        self._tell(f"round {number + 1}/{self._task.rounds}: {variant.peer} {variant.label}")
+        recipe, asked = self._recipes[variant.peer], (0, 0) if number else QUESTIONS
+        outcome = self._measure(recipe, variant, self._task.lengths, self._task.tokens, asked)
+        done.failed = outcome.failed
+        done.elsewhere = max(done.elsewhere, outcome.elsewhere)
+        done.answers += [outcome.answer] if outcome.answer else []
 
     def _measure(
         self, recipe: Recipe, variant: Variant, lengths: Sequence[int], tokens: int, asked: tuple[int, int]
