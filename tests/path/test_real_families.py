@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from firstlight.core.config import Options
@@ -104,5 +105,8 @@ def test_512_positions_and_64_greedy_tokens_equal_transformers(file: str, space:
     how: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
     assert tokens == answer[0, T:].tolist()
-    p, q = want.log_softmax(-1), ours(checkpoint, "bf16", ids, 1)[0].log_softmax(-1)
-    assert (p.exp() * (p - q)).sum(-1).mean() < 2e-3
+    del model, logits
+    rounded = ours(checkpoint, "bf16", ids, 1)[0]
+    pairs = zip(want.split(64), rounded.split(64))  # a quarter of a million tokens a row: not all rows at once
+    kl = [kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1) for p, q in pairs]
+    assert torch.cat(kl).mean() < 2e-3

@@ -43,11 +43,12 @@ def test_a_peer_that_nobody_knows_costs_one_line(capsys: pytest.CaptureFixture[s
     assert "known peers: llama.cpp, openvino" in capsys.readouterr().err
 
 
-def test_the_operations_of_a_prefill_counted_one_by_one() -> None:
-    config, n = tiny_config(3), 7
+@pytest.mark.parametrize(("family", "mlp"), [("llama", 3 * 192), ("gemma3", 3 * 192), ("qwen3_moe", 2 * 3 * 64 + 5)])
+def test_the_operations_of_a_prefill_counted_one_by_one(family: str, mlp: int) -> None:
+    config, n = tiny_config(3, family), 107
     rows, q, kv = n * config.num_layers, 96, 32
-    linears = 2 * rows * (96 * (q + kv + kv) + q * 96 + 3 * 96 * 192)
-    pairs = sum(position + 1 for position in range(n)) * config.num_layers
+    linears = 2 * rows * (96 * (q + kv + kv) + q * 96 + 96 * mlp)
+    pairs = sum(min(position + 1, window or n) for position in range(n) for window in config.windows)
     attention = pairs * config.num_heads * (2 * config.head_dim + 2 * config.head_dim)
     head = 2 * 96 * config.vocab_size
     assert peak.prefill_flops(config, n) == linears + attention + head

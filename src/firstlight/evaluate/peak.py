@@ -42,11 +42,16 @@ def peak_gflops(kind: str) -> float:
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
-    """Multiplications and additions of a dense prefill: linears of all rows, causal attention, the head on one row."""
+    """Multiplications and additions of a dense prefill: linears of all rows, causal attention, the head on one row.
+
+    Of a mixture's experts those that a row goes through, of a window layer the keys in the window.
+    """
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    pairs = num_tokens * (num_tokens + 1) / 2
-    layers = config.num_layers * (2 * linears * num_tokens + 4 * q * pairs)
+    mlp = 3 * config.intermediate_size * max(config.num_experts_used, 1) + config.num_experts
+    linears = config.hidden_size * (2 * q + 2 * kv + mlp)
+    behind = (max(num_tokens - window, 0) if window else 0 for window in config.windows)
+    pairs = sum(num_tokens * (num_tokens + 1) / 2 - hidden * (hidden + 1) / 2 for hidden in behind)
+    layers = config.num_layers * 2 * linears * num_tokens + 4 * q * pairs
     return layers + 2 * config.hidden_size * config.vocab_size
 
 
