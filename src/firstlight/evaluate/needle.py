@@ -169,8 +169,8 @@ def _opening(tokenizer: Tokenizer, text: str, lead: str) -> list[int]:
     template = tokenizer.chat_template
     if template is None:
         return [*tokenizer.bos_ids, *tokenizer.encode(f"{text}\n\n{lead}")]
-    chat = render_chat(template, [{"role": "user", "content": text}])
-    return [*tokenizer.encode(chat, special=True), *tokenizer.encode(lead)]
+    chat = render_chat(template, [{"role": "user", "content": text}], **tokenizer.template_tokens)
+    return [*tokenizer.begun(tokenizer.encode(chat, special=True)), *tokenizer.encode(lead)]
 
 
 def _turn(tokenizer: Tokenizer, questions: tuple[str, str], leads: tuple[str, str]) -> list[int]:
@@ -179,7 +179,8 @@ def _turn(tokenizer: Tokenizer, questions: tuple[str, str], leads: tuple[str, st
     if template is None:
         return tokenizer.encode(f"\n\n{questions[1]}\n\n{leads[1]}")
     speakers = zip(("user", "assistant", "user"), (questions[0], _MARK, questions[1]))
-    chat = render_chat(template, [{"role": role, "content": content} for role, content in speakers])
+    messages = [{"role": role, "content": content} for role, content in speakers]
+    chat = render_chat(template, messages, **tokenizer.template_tokens)
     _, mark, rest = chat.partition(_MARK)
     if not mark:
         raise UserError("the model's chat template leaves answers out, so it has no second turn; choose other --tasks")
