@@ -168,9 +168,9 @@ class Answers:
         return StreamChunk(output.text, output.new_ids, completion, output.logprobs, answer.index)
 
     def _name(self, places: Sequence[Logprobs | None]) -> None:
-        """Give the tokens of log-probabilities their texts."""
+        """Give the tokens of log-probabilities their texts: with their spaces, and control tokens by name."""
         for token, entry in ((token, entry) for place in places for token, entry in (place or {}).items()):
-            entry.decoded_token = self._tokenizer.decode([token])
+            entry.decoded_token = self._tokenizer.token_bytes(token).decode(errors="replace")
 
     def _finish(self, answer: _Answer) -> Completion:
         live, text, decoding = answer.live, answer.text, answer.live.decoding
