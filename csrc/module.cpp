@@ -66,8 +66,9 @@ int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers>
     return active->attend(a, bf16);
 }
 
-RowArgs rows_of(Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16) {
-    return {at<void>(in), at<void>(out), in_row, out_row, rows, width, threads, bf16};
+RowArgs rows_of(Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16,
+                Address in_scale, Address out_scale) {
+    return {at<void>(in), at<void>(out), in_row, out_row, rows, width, threads, bf16, at<float>(in_scale), at<float>(out_scale)};
 }
 
 }  // namespace
@@ -80,26 +81,38 @@ NB_MODULE(_native, m) {
           nb::arg("scale"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"));
     m.def(
         "rms_norm",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address gain, float eps) {
-            active->rms_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), at<float>(gain), eps);
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address in_scale, Address out_scale, Address gain, float eps) {
+            active->rms_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16, in_scale, out_scale), at<float>(gain), eps);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "add_norm",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address x, int64_t x_row, Address gain, float eps) {
-            active->add_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), at<float>(x), x_row, at<float>(gain), eps);
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address in_scale, Address out_scale, Address x, int64_t x_row, Address gain, float eps) {
+            active->add_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16, in_scale, out_scale), at<float>(x), x_row, at<float>(gain), eps);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "add_rows",
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address in_scale, Address out_scale, Address x, int64_t x_row) {
+            active->add_rows(rows_of(in, out, in_row, out_row, rows, width, threads, bf16, in_scale, out_scale), at<float>(x), x_row);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "copy_rows",
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address in_scale, Address out_scale) {
+            active->copy_rows(rows_of(in, out, in_row, out_row, rows, width, threads, bf16, in_scale, out_scale));
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "rotate",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, int64_t heads, Address cos, Address sin) {
-            active->rotate(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), heads, at<float>(cos), at<float>(sin));
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address in_scale, Address out_scale, int64_t heads, Address cos, Address sin) {
+            active->rotate(rows_of(in, out, in_row, out_row, rows, width, threads, bf16, in_scale, out_scale), heads, at<float>(cos), at<float>(sin));
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "gate_mul",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, int gate) {
-            active->gate_mul(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), (Gate)gate);
+        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address in_scale, Address out_scale, int gate) {
+            active->gate_mul(rows_of(in, out, in_row, out_row, rows, width, threads, bf16, in_scale, out_scale), (Gate)gate);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
