@@ -55,7 +55,7 @@ inline void write_row(const RowArgs& a, int64_t i, float factor, Value value) {
         return;
     }
     float* row = row_buffer(a.width);
-    each_vector<F32>(row, a.width, value);
+    each_vector<F32>(row, a.width, [&](int64_t j, int n) { return value(j, n) * some<F32>(a.smooth + j, n); });
     a.out_scale[i] = factor * quantise(row, a.width, (uint8_t*)a.out + i * a.out_row);
 }
 

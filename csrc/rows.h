@@ -2,7 +2,7 @@
 //
 // Around int8 linears rows have scales. What such a linear gives is to be multiplied by its row's scale, which the
 // operator that reads it does (`in_scale`); what it takes are bytes around 128 (quantise.h), which the operator before
-// it writes, with their scales (`out_scale`).
+// it writes, channel by channel times `smooth`, with their rows' scales (`out_scale`).
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@ struct RowArgs {
     bool bf16;               // of `in`, and of `out` where it isn't bytes
     const float* in_scale;   // [rows], or none: `in` is what it says
     float* out_scale;        // [rows], or none: `out` is of in's type
+    const float* smooth;     // [width], where there are bytes
 };
 
 enum class Gate : int { silu, gelu };
