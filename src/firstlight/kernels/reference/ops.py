@@ -70,7 +70,7 @@ def quantise(x: Tensor, smooth: Tensor) -> Rows8:
     """x [n, I] times smooth [I], each block times a Hadamard matrix, in steps of a 127th of the row's largest value."""
     n, width = x.shape
     block = hadamard_block(width)
-    blocks = (x.float() * smooth).view(n, -1, block)
+    blocks = (x.float() * smooth).view(n, width // block, block)
     turned = (blocks @ (_hadamard(block) / block**0.5)).view(n, width)
     rows = empty_rows8(n, width)
     rows.scale.copy_(turned.abs().amax(-1) / 127)

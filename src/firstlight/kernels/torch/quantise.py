@@ -27,7 +27,7 @@ def _turned(x: Tensor) -> Tensor:
     """x f32 [n, I] -> [n, I], blocks times a Hadamard matrix of +-1: one sum and one difference a stage."""
     block, step = hadamard_block(x.shape[1]), 1
     while step < block:
-        a, b = x.view(len(x), -1, 2, step).unbind(2)
+        a, b = x.view(len(x), x.shape[1] // (2 * step), 2, step).unbind(2)
         x = torch.stack([a + b, a - b], 2).view(x.shape)
         step *= 2
     return x
