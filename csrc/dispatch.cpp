@@ -8,10 +8,13 @@ namespace firstlight {
     int64_t attend(const AttnArgs&, bool);                                         \
     void rms_norm(const RowArgs&, const float*, float);                            \
     void add_norm(const RowArgs&, float*, int64_t, const float*, float);           \
+    void add_rows(const RowArgs&, float*, int64_t);                                \
+    void copy_rows(const RowArgs&);                                                \
     void rotate(const RowArgs&, int64_t, const float*, const float*);              \
     void gate_mul(const RowArgs&, Gate);                                           \
     void write_kv(const KVArgs&);                                                  \
-    static const Kernels kernels{#name, attend, rms_norm, add_norm, rotate, gate_mul, write_kv}; \
+    static const Kernels kernels{#name, attend, rms_norm, add_norm, add_rows, copy_rows, \
+                                 rotate, gate_mul, write_kv};                      \
     }
 FIRSTLIGHT_DECLARE(portable)
 FIRSTLIGHT_DECLARE(avx2)

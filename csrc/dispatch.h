@@ -14,6 +14,8 @@ struct Kernels {
     Attend attend;
     RmsNorm rms_norm;
     AddNorm add_norm;
+    AddRows add_rows;
+    CopyRows copy_rows;
     Rotate rotate;
     GateMul gate_mul;
     WriteKV write_kv;

@@ -66,8 +66,20 @@ int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers>
     return active->attend(a, bf16);
 }
 
-RowArgs rows_of(Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16) {
-    return {at<void>(in), at<void>(out), in_row, out_row, rows, width, threads, bf16};
+float* as(Address a) { return at<float>(a); }
+int64_t as(int64_t n) { return n; }
+float as(float x) { return x; }
+Gate as(int gate) { return (Gate)gate; }
+
+// A row operator: what all of them take, in the order of RowArgs, then its own arguments.
+template <auto op, class... Own>
+auto row_operator() {
+    return [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads,
+              bool bf16, Address in_scale, Address out_scale, Address smooth, Own... own) {
+        const RowArgs common{at<void>(in), at<void>(out), in_row, out_row, rows, width, threads,
+                             bf16, as(in_scale), as(out_scale), as(smooth)};
+        (active->*op)(common, as(own)...);
+    };
 }
 
 }  // namespace
@@ -78,30 +90,13 @@ NB_MODULE(_native, m) {
     m.def("active", [] { return std::string(active->name); });
     m.def("attend", attend, nb::arg("call"), nb::arg("plan").none(), nb::arg("probe").none(), nb::arg("views"),
           nb::arg("scale"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"));
-    m.def(
-        "rms_norm",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address gain, float eps) {
-            active->rms_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), at<float>(gain), eps);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "add_norm",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, Address x, int64_t x_row, Address gain, float eps) {
-            active->add_norm(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), at<float>(x), x_row, at<float>(gain), eps);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "rotate",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, int64_t heads, Address cos, Address sin) {
-            active->rotate(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), heads, at<float>(cos), at<float>(sin));
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "gate_mul",
-        [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads, bool bf16, int gate) {
-            active->gate_mul(rows_of(in, out, in_row, out_row, rows, width, threads, bf16), (Gate)gate);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
+    const nb::call_guard<nb::gil_scoped_release> unlocked;
+    m.def("rms_norm", row_operator<&Kernels::rms_norm, Address, float>(), unlocked);
+    m.def("add_norm", row_operator<&Kernels::add_norm, Address, int64_t, Address, float>(), unlocked);
+    m.def("add_rows", row_operator<&Kernels::add_rows, Address, int64_t>(), unlocked);
+    m.def("copy_rows", row_operator<&Kernels::copy_rows>(), unlocked);
+    m.def("rotate", row_operator<&Kernels::rotate, int64_t, Address, Address>(), unlocked);
+    m.def("gate_mul", row_operator<&Kernels::gate_mul, int>(), unlocked);
     m.def(
         "write_kv",
         [](Address k, Address v, int64_t k_row, int64_t v_row, Address k_blocks, Address v_blocks, Address slots, int64_t rows, int64_t heads, int64_t dim, int threads, bool bf16) {

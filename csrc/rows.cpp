@@ -4,6 +4,7 @@
 #include "rows.h"
 
 #include "attention.h"
+#include "quantise.h"
 #include "vec.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
@@ -40,15 +41,23 @@ inline vf some(const typename T::scalar* p, int n) {
 inline vf squares(const vf v, vf sum) { return fma(v, v, sum); }
 
 // 1 / root mean square of a row whose squares were summed lane by lane
-inline vf scale_of(vf squares, int64_t width, float eps) { return all(1 / __builtin_sqrtf(sum(squares) / (float)width + eps)); }
-
-// A row of type In, scaled and times gain, as type Out.
-template <class In, class Out>
-inline void scaled(const typename In::scalar* x, vf scale, const float* gain, typename Out::scalar* out, int64_t width) {
-    each_vector<Out>(out, width, [&](int64_t j, int n) { return some<In>(x + j, n) * scale * some<F32>(gain + j, n); });
-}
+inline float scale_of(vf squares, int64_t width, float eps) { return 1 / __builtin_sqrtf(sum(squares) / (float)width + eps); }
 
 inline int reach(int64_t j, int64_t width) { return (int)(width - j < W ? width - j : W); }
+
+inline float in_scale(const RowArgs& a, int64_t i) { return a.in_scale ? a.in_scale[i] : 1.0f; }
+
+// Row i of the output from value(j, n), the n scalars from j on: in T, or as bytes with a scale that gets times `factor`.
+template <class T, class Value>
+inline void write_row(const RowArgs& a, int64_t i, float factor, Value value) {
+    if (!a.out_scale) {
+        each_vector<T>((typename T::scalar*)a.out + i * a.out_row, a.width, [&](int64_t j, int n) { return value(j, n) * all(factor); });
+        return;
+    }
+    float* row = row_buffer(a.width);
+    each_vector<F32>(row, a.width, [&](int64_t j, int n) { return value(j, n) * some<F32>(a.smooth + j, n); });
+    a.out_scale[i] = factor * quantise(row, a.width, (uint8_t*)a.out + i * a.out_row);
+}
 
 template <class T>
 void norm_as(const RowArgs& a, const float* gain, float eps) {
@@ -57,27 +66,48 @@ void norm_as(const RowArgs& a, const float* gain, float eps) {
         const S* x = (const S*)a.in + i * a.in_row;
         vf sums = {};
         for (int64_t j = 0; j < a.width; j += W) sums = squares(some<T>(x + j, reach(j, a.width)), sums);
-        scaled<T, T>(x, scale_of(sums, a.width, eps), gain, (S*)a.out + i * a.out_row, a.width);
+        const float factor = scale_of(sums, a.width, eps);
+        write_row<T>(a, i, factor, [&](int64_t j, int n) { return some<T>(x + j, n) * some<F32>(gain + j, n); });
     });
+}
+
+// x += row i of the input, if there is one; the sum of squares of what x then is, lane by lane.
+template <class T>
+inline vf add_row(const RowArgs& a, int64_t i, float* x) {
+    const typename T::scalar* add = (const typename T::scalar*)a.in + i * a.in_row;
+    const vf scale = all(in_scale(a, i));
+    vf sums = {};
+    for (int64_t j = 0; j < a.width; j += W) {
+        const int n = reach(j, a.width);
+        vf v = some<F32>(x + j, n);
+        if (a.in) {
+            v = fma(some<T>(add + j, n), scale, v);
+            each_vector<F32>(x + j, n, [&](int64_t, int) { return v; });
+        }
+        sums = squares(v, sums);
+    }
+    return sums;
 }
 
 template <class T>
 void add_norm_as(const RowArgs& a, float* residual, int64_t x_row, const float* gain, float eps) {
-    using S = typename T::scalar;
     each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
         float* x = residual + i * x_row;
-        const S* add = (const S*)a.in + i * a.in_row;
-        vf sums = {};
-        for (int64_t j = 0; j < a.width; j += W) {
-            const int n = reach(j, a.width);
-            vf v = some<F32>(x + j, n);
-            if (a.in) {
-                v += some<T>(add + j, n);
-                each_vector<F32>(x + j, n, [&](int64_t, int) { return v; });
-            }
-            sums = squares(v, sums);
-        }
-        scaled<F32, T>(x, scale_of(sums, a.width, eps), gain, (S*)a.out + i * a.out_row, a.width);
+        const float factor = scale_of(add_row<T>(a, i, x), a.width, eps);
+        write_row<T>(a, i, factor, [&](int64_t j, int n) { return some<F32>(x + j, n) * some<F32>(gain + j, n); });
+    });
+}
+
+template <class T>
+void add_rows_as(const RowArgs& a, float* x, int64_t x_row) {
+    each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) { add_row<T>(a, i, x + i * x_row); });
+}
+
+template <class T>
+void copy_as(const RowArgs& a) {
+    each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
+        const typename T::scalar* x = (const typename T::scalar*)a.in + i * a.in_row;
+        write_row<T>(a, i, in_scale(a, i), [&](int64_t j, int n) { return some<T>(x + j, n); });
     });
 }
 
@@ -87,12 +117,13 @@ void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* s
     const int64_t half = a.width / 2;
     each_row(a.rows, a.rows * heads * a.width, a.threads, [&](int64_t i) {
         const float *c = cos + i * a.width, *s = sin + i * a.width;
+        const vf scale = all(in_scale(a, i));
         for (int64_t h = 0; h < heads; ++h) {
             const S* x = (const S*)a.in + i * a.in_row + h * a.width;
             S* out = (S*)a.out + i * a.out_row + h * a.width;
             for (int64_t j = 0; j < half; j += W) {  // both halves are read before either is written: `out` may be `in`
                 const int n = reach(j, half);
-                const vf lo = some<T>(x + j, n), hi = some<T>(x + half + j, n);
+                const vf lo = some<T>(x + j, n) * scale, hi = some<T>(x + half + j, n) * scale;
                 const vf new_lo = fma(hi, some<F32>(s + j, n), lo * some<F32>(c + j, n));
                 const vf new_hi = fma(lo, some<F32>(s + half + j, n), hi * some<F32>(c + half + j, n));
                 each_vector<T>(out + j, n, [&](int64_t, int) { return new_lo; });
@@ -112,11 +143,12 @@ void gate_as(const RowArgs& a, Gate gate) {
     using S = typename T::scalar;
     each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
         const S *x = (const S*)a.in + i * a.in_row, *up = x + a.width;
-        each_vector<T>((S*)a.out + i * a.out_row, a.width, [&](int64_t j, int n) {
-            const vf g = some<T>(x + j, n);
+        const vf scale = all(in_scale(a, i));
+        write_row<T>(a, i, 1.0f, [&](int64_t j, int n) {
+            const vf g = some<T>(x + j, n) * scale;
             // tanh form of GELU: (1 + tanh(u)) / 2 = sigmoid(2u)
             const vf inner = gate == Gate::silu ? g : all(1.5957691f) * fma(all(0.044715f) * g * g, g, g);
-            return g * sigmoid(inner) * some<T>(up + j, n);
+            return g * sigmoid(inner) * some<T>(up + j, n) * scale;
         });
     });
 }
@@ -144,6 +176,8 @@ void rms_norm(const RowArgs& a, const float* gain, float eps) { (a.bf16 ? norm_a
 void add_norm(const RowArgs& a, float* x, int64_t x_row, const float* gain, float eps) {
     (a.bf16 ? add_norm_as<BF16> : add_norm_as<F32>)(a, x, x_row, gain, eps);
 }
+void add_rows(const RowArgs& a, float* x, int64_t x_row) { (a.bf16 ? add_rows_as<BF16> : add_rows_as<F32>)(a, x, x_row); }
+void copy_rows(const RowArgs& a) { (a.bf16 ? copy_as<BF16> : copy_as<F32>)(a); }
 void rotate(const RowArgs& a, int64_t heads, const float* cos, const float* sin) {
     (a.bf16 ? rotate_as<BF16> : rotate_as<F32>)(a, heads, cos, sin);
 }

@@ -15,6 +15,7 @@ from firstlight.core.config import Options
 from firstlight.engine.build import build_engine
 from firstlight.engine.engine import Engine
 from firstlight.kernels.dispatch import fastest
+from firstlight.models.calibration import measure
 from firstlight.models.config import ModelConfig
 from firstlight.models.decoder import Decoder
 from firstlight.models.families import build_model
@@ -56,9 +57,12 @@ def tiny_weights(
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, num_layers: int = 2, family: str = "llama") -> Decoder:
+def tiny_model(
+    dtype: torch.dtype = torch.float32, num_layers: int = 2, family: str = "llama", int8: bool = False
+) -> Decoder:
     config, weights = tiny_config(num_layers, family), tiny_weights(dtype, num_layers, family)
-    return build_model(config, weights, fastest(16))
+    model = build_model(config, weights, fastest(16))
+    return build_model(config, weights, fastest(16), int8=measure(model)) if int8 else model
 
 
 def tiny_engine(family: str = "llama", num_layers: int = 2, **options: Any) -> Engine:

@@ -61,7 +61,7 @@ class Model:
         return Origin(
             model=self.name,
             digest=self.engine.limits.model_digest,
-            dtype=str(pool.layout.dtype).removeprefix("torch."),
+            dtype=self.engine.machine.model.precision,
             recipe=recipe(parts),
             methods=recipe_text(parts),
             layout=pool.layout.tag,

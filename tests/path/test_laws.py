@@ -1,7 +1,7 @@
 """The laws: any legal schedule gives the logits of one dense pass.
 
-Bit for bit in deterministic mode, in float32 and bf16, alone or among others, on one thread or two; the same under a
-row policy that drops, parks, revives and waits at a barrier.
+Bit for bit in deterministic mode, in float32, bf16 and int8, alone or among others, on one thread or two; the same
+under a row policy that drops, parks, revives and waits at a barrier.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from tests.tiny import tiny_model
 EXAMPLES = 25 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 200
 FEW = 3 if EXAMPLES == 25 else 40
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+TINY = {"f32": {"dtype": torch.float32}, "bf16": {"dtype": torch.bfloat16}}
+TINY["int8"] = TINY["bf16"] | {"int8": True}
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 200, 300, 700, 1025, 2150]
 seeds = st.integers(0, 10**6)
 
 
-@pytest.fixture(scope="module", params=list(DTYPES))
+@pytest.fixture(scope="module", params=list(TINY))
 def small(request: pytest.FixtureRequest) -> Decoder:
-    return tiny_model(DTYPES[request.param])
+    return tiny_model(**TINY[request.param])
 
 
-@pytest.fixture(scope="module", params=list(DTYPES))
+@pytest.fixture(scope="module", params=list(TINY))
 def deep(request: pytest.FixtureRequest) -> Decoder:
-    return tiny_model(DTYPES[request.param], num_layers=5)
+    return tiny_model(**TINY[request.param], num_layers=5)
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
@@ -98,11 +100,13 @@ def test_the_same_on_the_real_model(real: Decoder, seed: int) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[(family, dtype) for family in FAMILIES if family != "llama" for dtype in DTYPES]
+    scope="module",
+    params=[(family, kind) for family in FAMILIES if family != "llama" for kind in TINY if kind != "int8"]
+    + [("gemma3", "int8"), ("qwen3_moe", "int8")],
 )
 def cousin(request: pytest.FixtureRequest) -> Decoder:
-    family, dtype = request.param
-    return tiny_model(DTYPES[dtype], num_layers=3, family=family)
+    family, kind = request.param
+    return tiny_model(**TINY[kind], num_layers=3, family=family)
 
 
 @settings(max_examples=FEW)

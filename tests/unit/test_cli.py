@@ -220,7 +220,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["run", "m", "-p", "x", "--no-such-flag"], "--no-such-flag"),
         (["run"], "Missing argument 'model'"),
         (["jump"], "No such command 'jump'"),
-        (["run", "m", "-p", "x", "--precision", "int8"], "precision='int8' is not built yet; choose bf16 or f32"),
+        (["run", "m", "-p", "x", "--precision", "int8:kv=bf16"], "parts of int8 are not built yet; choose int8 itself"),
         (["run", "m", "-p", "x", "--prefix-cache", "/kv"], "a cache on disk is not built yet; choose on or off"),
         (["run", "m", "-p", "x", "--method", "auto"], "method 'auto' is not built yet; name one of"),
         (["run", "m", "-p", "x", "--weights=compact"], "--weights is not built yet; leave it out"),

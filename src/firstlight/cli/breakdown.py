@@ -42,9 +42,10 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def approximations(report: dict[str, Any]) -> str:
-    """The methods of a run, and why one was not used."""
+    """What made a run approximate: its precision, its methods, and why one was not used."""
     shown = {m["name"]: m["name"] if m["used"] else f"{m['name']} (not used: {m['why']})" for m in report["methods"]}
-    return ", ".join(shown.values()) + f"; {report['attention']['density']:.0%} of dense attention"
+    low = ["int8 linears"] if report["settings"]["precision"] == "int8" else []
+    return ", ".join([*low, *shown.values()]) + f"; {report['attention']['density']:.0%} of dense attention"
 
 
 def duration(seconds: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Method
 
-PRECISIONS = ("bf16", "f32")
+PRECISIONS = ("bf16", "f32", "int8")
 
 
 def _opt(default: Any, doc: str, metavar: str | None = None) -> Any:
@@ -27,7 +27,11 @@ class Options:
     )
     schedule: Method | str = _opt("sarathi", "the order in which cells are computed", "NAME:key=value")
     prefix_cache: str = _opt("on", "reuse the KV of equal prompt beginnings: on or off", "on|off")
-    precision: str = _opt("bf16", "compute type: bf16 or f32; both exact", "f32|bf16")
+    precision: str = _opt(
+        "bf16",
+        "compute type: bf16 or f32, both exact; int8: linears in 8 bits, attention and KV in bf16",
+        "f32|bf16|int8",
+    )
     threads: int | None = _opt(None, "CPU threads; default: all cores this process may use")
     max_model_len: int | None = _opt(None, "longest prompt plus answer in tokens; default: the model's context")
     max_num_seqs: int = _opt(16, "requests that run at once")
@@ -48,10 +52,10 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        if self.precision.startswith("int8"):
-            raise UserError(f"precision={self.precision!r} is not built yet; choose bf16 or f32")
+        if self.precision.startswith("int8:"):
+            raise UserError(f"precision={self.precision!r}: parts of int8 are not built yet; choose int8 itself")
         if self.precision not in PRECISIONS:
-            raise UserError(f"precision={self.precision!r} is unknown; choose {' or '.join(PRECISIONS)}")
+            raise UserError(f"precision={self.precision!r} is unknown; choose {', '.join(PRECISIONS)}")
         if self.prefix_cache not in ("on", "off"):
             raise UserError(f"prefix_cache={self.prefix_cache!r}: a cache on disk is not built yet; choose on or off")
         if any(method.name == "auto" for method in self.methods):

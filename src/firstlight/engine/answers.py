@@ -180,6 +180,7 @@ class Answers:
         head = {"schema_version": SCHEMA_VERSION, "model": self._model_name, "text": text}
         request = live.request
         asked = {"sampling": asdict(request.sampling), "priority": request.priority, "ttft_slo_s": request.ttft_slo_s}
+        facts["exact"] = facts["exact"] and self._settings["precision"] != "int8"
         facts = head | facts | {"settings": self._settings | asked}
         logprobs = None if decoding.params.logprobs is None else decoding.logprobs
         self._name(answer.prompt_logprobs or [])

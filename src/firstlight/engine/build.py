@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from firstlight.engine.memory import num_blocks
 from firstlight.engine.park import ParkStore
 from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
+from firstlight.models.calibration import measure, remember, remembered
 from firstlight.models.config import ModelConfig
 from firstlight.models.families import build_model
 from firstlight.reuse.prefix import PrefixCache
 
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "int8": torch.bfloat16}
+"""The type that weights come in, and that of activations and KV."""
 
 
 def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Options, digest: str) -> Engine:
@@ -33,7 +36,8 @@ def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Op
     ops = fastest(config.head_dim)
     parts = make_parts(options.methods)
     max_len = min(options.max_model_len or config.max_context, config.max_context)
-    model = build_model(config, weights, ops, served=max_len)
+    int8 = _spread(config, weights, ops, digest) if options.precision == "int8" else None
+    model = build_model(config, weights, ops, served=max_len, int8=int8)
     if options.deterministic and (broken := ops.dependent_linears(model.linears)):
         raise UserError(
             f"--deterministic can't hold: {', '.join(sorted(broken))} change bits with rows or threads; "
@@ -64,3 +68,14 @@ def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Op
         PrefixCache(pool, BLOCK, os.urandom(16), model.windows) if options.prefix_cache == "on" else None,
         EventLog(options.event_log, view_config) if options.event_log else None,
     )
+
+
+def _spread(config: ModelConfig, weights: Mapping[str, Tensor], ops: ModuleType, digest: str) -> Mapping[str, Tensor]:
+    """What the model's linears read, for int8 ones: measured once, on a model in bfloat16 that is gone afterwards."""
+    if not torch.cpu._is_vnni_supported():
+        raise UserError("--precision int8 needs a processor with 8-bit dot products (VNNI); choose bf16 or f32 here")
+    spread = remembered(digest)
+    if spread is None:
+        spread = measure(build_model(config, weights, ops))
+        remember(digest, spread)
+    return spread

@@ -129,7 +129,7 @@ def _row(llm: LLM, batch: int, asked: Sequence[list[int]], runs: Sequence[Run]) 
         "engine": "firstlight",
         "version": firstlight.__version__,
         "settings": asdict(llm.options),
-        "exact": all(part.capability.exact for part in llm.engine.parts),
+        "exact": llm.options.precision != "int8" and all(part.capability.exact for part in llm.engine.parts),
         "batch": batch,
         "requests": len(asked),
         "prompt_tokens": [len(ids) for ids in asked],

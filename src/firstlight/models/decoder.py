@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from firstlight.kernels.rows8 import Rows8
 from firstlight.models.config import ModelConfig
 from firstlight.models.fields import Fields
 from firstlight.models.rope import rope_table
@@ -26,6 +27,9 @@ LayerTensors = dict[str, tuple[str, tuple[int, ...]]]
 """Hugging Face name of a layer's tensor -> its GGUF name and its shape ([out, in] for a linear)."""
 Settings = dict[str, Any]
 """Fields of `ModelConfig` by name."""
+Rows = Tensor | Rows8
+_NEVER_INT8 = ("head", "router")
+"""Linears whose output is compared: a small error changes a choice."""
 _RESCORED = 64
 """Tokens a row whose logits are made in float32."""
 
@@ -77,21 +81,30 @@ class Decoder:
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType, served: int | None = None
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        backend: ModuleType,
+        served: int | None = None,
+        int8: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`served`: the longest context that will be seen, in tokens; None = the model's."""
+        """`served`: the longest context that will be seen, in tokens; None = the model's.
+
+        `int8`: what linears were seen to read (models/calibration.py), if they are to be int8.
+        """
         self.config, self.ops = config, backend
         self.scale = config.score_scale or 1 / math.sqrt(config.head_dim)
         self.windows = config.windows
         self.embedding = weights["model.embed_tokens.weight"]
         self.dtype = self.embedding.dtype
+        self.precision = "int8" if int8 is not None else str(self.dtype).removeprefix("torch.")
         self.final_gain = self._gain(weights["model.norm.weight"])
         layers = [_of_layer(weights, i) for i in range(config.num_layers)]
         self._gains = [{n: self._gain(w) for n, w in layer.items() if "norm." in n} for layer in layers]
         self._bias = [_joined(layer, "bias") for layer in layers]
         self._head_rows = weights[_head_name(config)]
         linears = {f"{i}.{name}": w for i, layer in enumerate(layers) for name, w in self._linears(layer).items()}
-        self.linears = backend.PackedLinears({"head": self._head_rows} | linears)
+        self.linears = _packed({"head": self._head_rows} | linears, backend, int8)
         self.row_flops = sum(2.0 * math.prod(s) * self._used(name) for name, s in self.linears.shapes.items())
         """Operations of all linears for one row, the head apart."""
         self.layer_flops = self.row_flops / config.num_layers
@@ -118,21 +131,25 @@ class Decoder:
     def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x f32 [n, D]; cos, sin [bases, n, d] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d]."""
         c, table = self.config, self._table_of[layer]
-        heads = self.linears(f"{layer}.qkv", self._add_norm(layer, "input_layernorm", x))
-        if (bias := self._bias[layer]) is not None:
+        heads, scale = self.linears.scaled(f"{layer}.qkv", self._add_norm(layer, "input_layernorm", "qkv", x))
+        bias, has_norms = self._bias[layer], "self_attn.q_norm.weight" in self._gains[layer]
+        if bias is not None or has_norms:
+            heads, scale = self._finished(heads, scale), None
+        if bias is not None:
             heads.add_(bias)
         heads = heads.view(x.shape[0], -1, c.head_dim)
         hq, turning = c.num_heads, c.num_heads + c.num_kv_heads
-        if "self_attn.q_norm.weight" in self._gains[layer]:
+        if has_norms:
             heads[:, :hq] = self._norm(layer, "self_attn.q_norm", heads[:, :hq])
             heads[:, hq:turning] = self._norm(layer, "self_attn.k_norm", heads[:, hq:turning])
-        turned = self.ops.rotate(heads[:, :turning], cos[table], sin[table])
-        return turned[:, :hq], turned[:, hq:], heads[:, turning:]
+        turned = self.ops.rotate(heads[:, :turning], cos[table], sin[table], scale)
+        return turned[:, :hq], turned[:, hq:], self._finished(heads[:, turning:], scale)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> None:
         """x f32 [n, D] += output projection of attended [n, Hq, d], then += the MLP: in place."""
-        o = self.linears(f"{layer}.o", attended.flatten(1))
-        x.add_(self._mlp(layer, self._add_norm(layer, "post_attention_layernorm", x, o)))
+        o = self.linears.scaled(f"{layer}.o", attended.flatten(1))
+        h = self._add_norm(layer, "post_attention_layernorm", "gate_up", x, *o)
+        self.ops.add_rows(x, *self._mlp(layer, h))
 
     def head(self, x: Tensor) -> Tensor:
         """x f32 [n, D] -> logits f32 [n, vocabulary]."""
@@ -154,20 +171,36 @@ class Decoder:
         normed: Tensor = self.ops.rms_norm(x, self._gains[layer][f"{name}.weight"], self.config.rms_eps)
         return normed
 
-    def _add_norm(self, layer: int, name: str, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        """x f32 [n, D] (+= delta, in place) -> normed [n, D] in the compute type."""
-        gain = self._gains[layer][f"{name}.weight"]
-        normed: Tensor = self.ops.add_norm(x, delta, gain, self.config.rms_eps, self.dtype)
+    def _finished(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """x [n, ..] times its rows' scale, in place: for what follows a linear and doesn't do that itself."""
+        if scale is not None:
+            self.ops.scale_rows(x, scale)
+        return x
+
+    def _add_norm(
+        self,
+        layer: int,
+        name: str,
+        reader: str,
+        x: Tensor,
+        delta: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Rows:
+        """x f32 [n, D] (+= delta times its rows' scale, in place) -> normed [n, D], as the linear `reader` takes it."""
+        gain, smooth = self._gains[layer][f"{name}.weight"], self.linears.reads(f"{layer}.{reader}")
+        normed: Rows = self.ops.add_norm(x, delta, gain, self.config.rms_eps, self.dtype, scale, smooth)
         return normed
 
-    def _mlp(self, layer: int, h: Tensor) -> Tensor:
-        """h [n, D] -> what the MLP adds [n, D]."""
-        out: Tensor = self.linears(f"{layer}.down", self._gated(self.linears(f"{layer}.gate_up", h)))
+    def _mlp(self, layer: int, h: Rows) -> tuple[Tensor, Tensor | None]:
+        """h [n, D] -> what the MLP adds [n, D], and its rows' scale."""
+        gate_up = self.linears.scaled(f"{layer}.gate_up", h)
+        gated = self._gated(*gate_up, self.linears.reads(f"{layer}.down"))
+        out: tuple[Tensor, Tensor | None] = self.linears.scaled(f"{layer}.down", gated)
         return out
 
-    def _gated(self, gate_up: Tensor) -> Tensor:
+    def _gated(self, gate_up: Tensor, scale: Tensor | None = None, smooth: Tensor | None = None) -> Rows:
         """[n, 2F], gate first -> [n, F]."""
-        out: Tensor = self.ops.silu_mul(gate_up)
+        out: Rows = self.ops.silu_mul(gate_up, scale, smooth)
         return out
 
     def _linears(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,6 +254,14 @@ def _tables(c: ModelConfig, served: int) -> list[tuple[Tensor, float]]:
     if c.local_rope_theta:
         tables.append(rope_table(c.head_dim, c.local_rope_theta, None, c.max_context, served))
     return tables
+
+
+def _packed(weights: Mapping[str, Tensor], backend: ModuleType, int8: Mapping[str, Tensor] | None) -> Any:
+    """The linears, as the backend runs them."""
+    if int8 is None:
+        return backend.PackedLinears(weights)
+    plain = [name for name in weights if name.rpartition(".")[2] in _NEVER_INT8]
+    return backend.Int8Linears(weights, int8, plain, backend)
 
 
 def _head_name(config: ModelConfig) -> str:

@@ -39,7 +39,11 @@ def family_name(architecture: Any) -> str:
 
 
 def build_model(
-    config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType, served: int | None = None
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    backend: ModuleType,
+    served: int | None = None,
+    int8: Mapping[str, Tensor] | None = None,
 ) -> Decoder:
-    """The model of a config, its weights packed for a backend; `served`: the longest context that it will see."""
-    return FAMILIES[config.architecture](config, weights, backend, served=served)
+    """The model of a config, its weights packed for a backend; `served`, `int8`: see `Decoder`."""
+    return FAMILIES[config.architecture](config, weights, backend, served=served, int8=int8)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig
-from firstlight.models.decoder import Decoder, LayerTensors, Settings
+from firstlight.models.decoder import Decoder, LayerTensors, Rows, Settings
 from firstlight.models.fields import Fields
 from firstlight.models.qwen3 import head_norms
 
@@ -88,14 +88,14 @@ class Gemma3(Decoder):
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> None:
         o = self._norm(layer, "post_attention_layernorm", self.linears(f"{layer}.o", attended.flatten(1)))
-        made = self._mlp(layer, self._add_norm(layer, "pre_feedforward_layernorm", x, o))
+        made = self._finished(*self._mlp(layer, self._add_norm(layer, "pre_feedforward_layernorm", "gate_up", x, o)))
         x.add_(self._norm(layer, "post_feedforward_layernorm", made))
 
     def _gain(self, weight: Tensor) -> Tensor:
         return 1 + weight.float()
 
-    def _gated(self, gate_up: Tensor) -> Tensor:
-        out: Tensor = self.ops.gelu_mul(gate_up)
+    def _gated(self, gate_up: Tensor, scale: Tensor | None = None, smooth: Tensor | None = None) -> Rows:
+        out: Rows = self.ops.gelu_mul(gate_up, scale, smooth)
         return out
 
 

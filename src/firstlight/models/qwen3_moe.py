@@ -13,7 +13,7 @@ from torch import Tensor
 
 from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig
-from firstlight.models.decoder import LayerTensors, Settings, attention_linears
+from firstlight.models.decoder import LayerTensors, Rows, Settings, attention_linears
 from firstlight.models.fields import Fields
 from firstlight.models.qwen3 import Qwen3
 
@@ -63,7 +63,8 @@ class Qwen3Moe(Qwen3):
             linears[f"{expert}.down"] = down[expert]
         return linears
 
-    def _mlp(self, layer: int, h: Tensor) -> Tensor:
+    def _mlp(self, layer: int, h: Rows) -> tuple[Tensor, None]:
+        assert isinstance(h, Tensor)  # the router reads it too
         weight, chosen = self._route(layer, h)
         out = torch.zeros(h.shape)
         for expert in sorted(set(chosen.flatten().tolist())):
@@ -71,7 +72,7 @@ class Qwen3Moe(Qwen3):
             gated = self._gated(self.linears(f"{layer}.{expert}.gate_up", h[row]))
             made = self.linears(f"{layer}.{expert}.down", gated)
             out.index_add_(0, row, made.float() * weight[row, place, None])
-        return out
+        return out, None
 
     def _route(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [n, D] -> weights f32 [n, k] and numbers i64 [n, k] of each row's experts."""

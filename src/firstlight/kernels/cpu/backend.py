@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from firstlight.kernels.cpu.attention import attend, attend_work
-from firstlight.kernels.cpu.ops import add_norm, gelu_mul, rms_norm, rotate, silu_mul
+from firstlight.kernels.cpu.ops import add_norm, add_rows, gelu_mul, quantise, rms_norm, rotate, scale_rows, silu_mul
+from firstlight.kernels.torch.int8 import Int8Linears
 from firstlight.kernels.torch.ops import PackedLinears, dependent_linears, linear
 
 __all__ = [
+    "Int8Linears",
     "PackedLinears",
     "add_norm",
+    "add_rows",
     "attend",
     "attend_work",
     "dependent_linears",
     "gelu_mul",
     "linear",
+    "quantise",
     "rms_norm",
     "rotate",
+    "scale_rows",
     "silu_mul",
 ]

@@ -3,6 +3,27 @@
 from __future__ import annotations
 
 from firstlight.kernels.reference.attention import attend
-from firstlight.kernels.reference.ops import add_norm, gelu_mul, linear, rms_norm, rotate, silu_mul
+from firstlight.kernels.reference.ops import (
+    add_norm,
+    add_rows,
+    gelu_mul,
+    linear,
+    quantise,
+    rms_norm,
+    rotate,
+    scale_rows,
+    silu_mul,
+)
 
-__all__ = ["add_norm", "attend", "gelu_mul", "linear", "rms_norm", "rotate", "silu_mul"]
+__all__ = [
+    "add_norm",
+    "add_rows",
+    "attend",
+    "gelu_mul",
+    "linear",
+    "quantise",
+    "rms_norm",
+    "rotate",
+    "scale_rows",
+    "silu_mul",
+]

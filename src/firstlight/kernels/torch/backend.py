@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from firstlight.kernels.torch.attention import attend, attend_work
+from firstlight.kernels.torch.int8 import Int8Linears
 from firstlight.kernels.torch.ops import (
     PackedLinears,
     add_norm,
+    add_rows,
     dependent_linears,
     gelu_mul,
     linear,
     rms_norm,
     rotate,
+    scale_rows,
     silu_mul,
 )
+from firstlight.kernels.torch.quantise import quantise
 
 __all__ = [
+    "Int8Linears",
     "PackedLinears",
     "add_norm",
+    "add_rows",
     "attend",
     "attend_work",
     "dependent_linears",
     "gelu_mul",
     "linear",
+    "quantise",
     "rms_norm",
     "rotate",
+    "scale_rows",
     "silu_mul",
 ]

@@ -3,6 +3,9 @@
 Every operator here gives a row the same bits whatever rows and threads surround it. Two things of PyTorch's break that
 and are avoided: float32 `F.linear` (its blocking follows the row count) and operators whose vectorised and scalar
 forms differ (`silu` and `sigmoid` in float32: built from `exp` here).
+
+Around int8 linears rows come with a `scale` f32 [n] that they are still to be multiplied by, and leave as `Rows8` where
+`smooth`, the smoothing vector of the linear that reads them, is given.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_ROWS = 4
-"""oneDNN takes a matrix-vector path below a few rows, with other bits."""
+from firstlight.kernels.rows8 import MIN_ROWS, Rows8
+from firstlight.kernels.torch.quantise import quantise
+
 _PROBE_ROWS = (1, MIN_ROWS, 16, 97, 256)
 _PACK_ROWS = 512
 """The row count that oneDNN picks its weight layout for."""
@@ -25,38 +29,71 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), gain, eps).to(x.dtype)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    smooth: Tensor | None = None,
+) -> Tensor | Rows8:
     """Residual x f32 [n, D] += delta [n, D] in place, if given; then `rms_norm` of x as `dtype` [n, D]."""
-    return rms_norm(x if delta is None else x.add_(delta), gain, eps).to(dtype)
+    if delta is not None:
+        add_rows(x, delta, scale)
+    return _given(rms_norm(x, gain, eps), dtype, smooth)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def add_rows(x: Tensor, delta: Tensor, scale: Tensor | None = None) -> None:
+    """Residual x f32 [n, D] += delta [n, D]."""
+    x.add_(delta if scale is None else _scaled(delta, scale))
+
+
+def scale_rows(x: Tensor, scale: Tensor) -> None:
+    """x [n, ..] *= scale f32 [n], in place."""
+    x.copy_(_scaled(x, scale))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> Tensor:
     """RoPE on halves, in place (arXiv 2104.09864, eq. 34). x [n, H, D] -> x; cos, sin f32 [n, D], sin signed.
 
     One rounding an operator: a fused multiply-add rounds once where it is vectorised and twice where it is not.
     """
-    wide = x.to(torch.float32, copy=True)
+    wide = x.to(torch.float32, copy=True) if scale is None else _scaled(x, scale)
     other = wide.roll(x.shape[-1] // 2, -1).mul_(sin[:, None])
     return x.copy_(wide.mul_(cos[:, None]).add_(other))
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, scale: Tensor | None = None, smooth: Tensor | None = None) -> Tensor | Rows8:
     """gate_up [n, 2F], gate first -> silu(gate) * up [n, F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = (gate_up if scale is None else _scaled(gate_up, scale)).chunk(2, dim=-1)
     if gate.dtype == torch.float32:
-        return torch.div(gate, torch.neg(gate).exp_().add_(1)).mul_(up)
-    return F.silu(gate).mul_(up)
+        gated = torch.div(gate, torch.neg(gate).exp_().add_(1)).mul_(up)
+    else:
+        gated = F.silu(gate).mul_(up)
+    return _given(gated, gate_up.dtype, smooth)
 
 
-def gelu_mul(gate_up: Tensor) -> Tensor:
+def gelu_mul(gate_up: Tensor, scale: Tensor | None = None, smooth: Tensor | None = None) -> Tensor | Rows8:
     """gate_up [n, 2F], gate first -> gelu(gate) * up [n, F], GELU in its tanh form (arXiv 1606.08415).
 
     (1 + tanh(u)) / 2 is the logistic of 2u; one rounding an operator, for the same reason as in `rotate`.
     """
-    gate, up = (part.float() for part in gate_up.chunk(2, dim=-1))
+    wide = gate_up.float() if scale is None else _scaled(gate_up, scale)
+    gate, up = wide.chunk(2, dim=-1)
     cubed = torch.mul(gate, gate).mul_(gate).mul_(0.044715).add_(gate)
     gated = torch.div(gate, cubed.mul_(-1.5957691216057308).exp_().add_(1))
-    return gated.mul_(up).to(gate_up.dtype)
+    return _given(gated.mul_(up), gate_up.dtype, smooth)
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x [n, ..] times scale f32 [n], in float32."""
+    return x.float() * scale.view(-1, *(1,) * (x.dim() - 1))
+
+
+def _given(x: Tensor, dtype: torch.dtype, smooth: Tensor | None) -> Tensor | Rows8:
+    """Rows [n, I] as they leave an operator."""
+    return x.to(dtype) if smooth is None else quantise(x, smooth)
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
@@ -80,6 +117,13 @@ class PackedLinears:
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """x [n, I] -> [n, O]."""
         return linear(x, self._packed[name])
+
+    def scaled(self, name: str, x: Tensor) -> tuple[Tensor, None]:
+        """The same; nothing is left to be multiplied by."""
+        return self(name, x), None
+
+    def reads(self, name: str) -> None:
+        """No linear reads 8 bits."""
 
 
 def dependent_linears(linears: PackedLinears) -> set[str]:

@@ -1,0 +1,105 @@
+// A row turned and rounded to 8 bits: the input of an int8 linear.
+//
+// Each block of a row (the largest power of two that divides its width, at most 512) is multiplied by a Hadamard matrix,
+// so that a few large channels become many middling ones (QuaRot, arXiv 2404.00456). The weights' blocks are turned the
+// same way, and the product stays what it was. The row's largest value then becomes 127.
+#pragma once
+
+#include <vector>
+
+#include "vec.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+
+constexpr int64_t LARGEST_BLOCK = 512;
+
+inline int64_t hadamard_block(int64_t width) {
+    const int64_t block = width & -width;
+    return block < LARGEST_BLOCK ? block : LARGEST_BLOCK;
+}
+
+// One stage inside a vector: sum and difference of lanes H apart.
+template <int H>
+inline vf lanes(vf v) {
+    vi other;
+    vf sign;
+    for (int l = 0; l < W; ++l) other[l] = l ^ H, sign[l] = l & H ? -1.0f : 1.0f;
+    v = fma(v, sign, __builtin_shuffle(v, other));
+    if constexpr (2 * H < W) v = lanes<2 * H>(v);
+    return v;
+}
+
+// log2(N) stages between N vectors that lie `step` scalars apart.
+template <int N>
+inline void across(float* x, int64_t step) {
+    vf v[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) v[i] = load(x + i * step);
+#pragma GCC unroll 3
+    for (int h = 1; h < N; h *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i)
+            if (!(i & h)) {
+                const vf a = v[i], b = v[i + h];
+                v[i] = a + b, v[i + h] = a - b;
+            }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(x + i * step, v[i]);
+}
+
+template <int N>
+inline void all_across(float* x, int64_t width, int64_t step) {
+    for (int64_t b = 0; b < width; b += step * N)
+        for (int64_t j = 0; j < step; j += W) across<N>(x + b + j, step);
+}
+
+// Blocks of a row times a Hadamard matrix of entries +-1: log2(block) stages of sums and differences.
+inline void hadamard(float* x, int64_t width) {
+    const int64_t block = hadamard_block(width);
+    if (block < W) {
+        for (int64_t h = 1; h < block; h *= 2)
+            for (int64_t i = 0; i < width; ++i)
+                if (!(i & h)) {
+                    const float a = x[i], b = x[i + h];
+                    x[i] = a + b, x[i + h] = a - b;
+                }
+        return;
+    }
+    for (int64_t j = 0; j < width; j += W) store(x + j, lanes<1>(load(x + j)));
+    for (int64_t step = W; step < block;) {
+        const int64_t left = block / step;
+        if (left >= 8) all_across<8>(x, width, step), step *= 8;
+        else if (left == 4) all_across<4>(x, width, step), step *= 4;
+        else all_across<2>(x, width, step), step *= 2;
+    }
+}
+
+// The row `x` as bytes around 128; what one step of them is worth. `x` is zero from `width` to the end of its last vector.
+inline float quantise(float* x, int64_t width, uint8_t* out) {
+    typedef uint8_t vb __attribute__((vector_size(W)));
+    constexpr float TINY = 1e-30f;  // below it the row counts as zeros: its reciprocal would overflow
+    hadamard(x, width);
+    vf top{};
+    for (int64_t j = 0; j < width; j += W) {
+        const vf v = load(x + j);
+        top = max(top, max(v, -v));
+    }
+    const float most = highest_fast(top);
+    const vf steps = all(most > TINY ? 127 / most : 0), magic = all(12582912.0f + 128);  // integers end in the low bits
+    for (int64_t j = 0; j < width; j += W) {
+        const vb bytes = __builtin_convertvector((vu)fma(load(x + j), steps, magic), vb);
+        std::memcpy(out + j, &bytes, width - j < W ? width - j : W);
+    }
+    return most / (127 * __builtin_sqrtf((float)hadamard_block(width)));
+}
+
+// A thread's row of float32, with zeros behind it up to a whole vector.
+inline float* row_buffer(int64_t width) {
+    static thread_local std::vector<float> row;
+    const size_t padded = (size_t)((width + W - 1) / W * W);
+    if (row.size() < padded) row.resize(padded);
+    for (size_t j = (size_t)width; j < padded; ++j) row[j] = 0;
+    return row.data();
+}
+
+}  // namespace firstlight::FIRSTLIGHT_VARIANT

@@ -1,0 +1,82 @@
+"""What linears read, measured once for each model: how the work of an int8 product is divided between its operands.
+
+The model runs in bfloat16 over some made-up tokens; of every linear's input the mean square of each channel is kept, on
+disk beside the unpacked weights. No text is needed: which channels are large is the model's habit, not the prompt's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from firstlight.models.decoder import Decoder
+from firstlight.models.weights.store import cache_dir, write_atomically
+
+log = logging.getLogger(__name__)
+_TOKENS = 256
+_LAYOUT = 1
+"""Raise it when the meaning of the stored numbers changes."""
+
+
+def remembered(digest: str) -> dict[str, Tensor] | None:
+    """What was measured on the model of this digest, if it is there."""
+    with contextlib.suppress(OSError, SafetensorError):
+        return load_file(_path(digest))
+    return None
+
+
+def remember(digest: str, spread: Mapping[str, Tensor]) -> None:
+    """Keep it for the next start; where that can't be, say so."""
+    try:
+        with write_atomically(_path(digest)) as partial:
+            save_file(dict(spread), partial)
+    except OSError as error:
+        log.warning("what int8 linears read is measured anew at every start (%s)", error)
+
+
+def measure(model: Decoder) -> dict[str, Tensor]:
+    """Name of a linear -> mean square of each channel of its input, f32 [I]; every row counts the same."""
+    watched = _Watched(model.linears)
+    model.linears = watched
+    ids = torch.randint(model.config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0))
+    x = model.embed(ids)
+    cos, sin = model.rope(torch.arange(_TOKENS))
+    for layer in range(model.config.num_layers):
+        q, k, v = (part.transpose(0, 1)[None] for part in model.qkv(layer, x, cos, sin))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=model.scale, enable_gqa=True)
+        model.finish(layer, x, attended[0].transpose(0, 1))
+    model.linears = watched.linears
+    return watched.seen
+
+
+class _Watched:
+    """Linears that note what they are given."""
+
+    def __init__(self, linears: Any) -> None:
+        self.linears = linears
+        self.seen: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        square = x.float().square()
+        self.seen[name] = (square / square.mean(-1, keepdim=True).clamp_min(1e-20)).mean(0)
+        made: Tensor = self.linears(name, x)
+        return made
+
+    def scaled(self, name: str, x: Tensor) -> tuple[Tensor, None]:
+        return self(name, x), None
+
+    def reads(self, name: str) -> None:
+        return None
+
+
+def _path(digest: str) -> Path:
+    return cache_dir() / "spread" / f"{digest[:16]}-{_LAYOUT}.safetensors"
