@@ -193,8 +193,8 @@ class Decoder:
 
     def _mlp(self, layer: int, h: Rows) -> tuple[Tensor, Tensor | None]:
         """h [n, D] -> what the MLP adds [n, D], and its rows' scale."""
-        gate_up = self.linears.scaled(f"{layer}.gate_up", h)
-        gated = self._gated(*gate_up, self.linears.reads(f"{layer}.down"))
+        gate_up, scale = self.linears.scaled(f"{layer}.gate_up", h)
+        gated = self._gated(gate_up, scale, self.linears.reads(f"{layer}.down"))
         out: tuple[Tensor, Tensor | None] = self.linears.scaled(f"{layer}.down", gated)
         return out
 
