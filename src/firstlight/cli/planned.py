@@ -13,10 +13,8 @@ _PLANNED = {
     "eval": "no quality is measured yet; the default is exact",
     "inspect": "`firstlight run --json` reports times, cells and density",
     "calibrate": "no method of this version needs it",
-    "bench serve": "choose ttft, decode or throughput",
-    "bench kernel": "choose ttft, decode or throughput",
-    "bench peak": "`firstlight bench ttft --json` prints the machine's peaks",
-    "--against": "compare with benchmarks/peers.py",
+    "bench serve": "choose ttft, decode, throughput or peak",
+    "bench kernel": "choose ttft, decode, throughput or peak",
     "--weights": "leave it out: weights are kept in the precision of --precision",
     "--quality": "name a method of `firstlight methods list` with --method",
 }
