@@ -18,6 +18,8 @@ from firstlight.cli.models import app
 from firstlight.core.errors import UserError
 from firstlight.models.weights import hub
 from firstlight.models.weights.known import KNOWN, KnownModel, known_file
+from tests.tiny import tiny_config
+from tests.unit.test_gguf import weights, write_llama
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
 PIP = """#!{python}
@@ -214,3 +216,25 @@ def test_a_known_file_is_known_by_name_and_length(tmp_path):
     with path.open("r+b") as stream:
         stream.truncate(KNOWN["smollm2"].nbytes)
     assert known_file(path) == KNOWN["smollm2"]
+
+
+def shown(path: Path) -> dict[str, object]:
+    return dict(json.loads(CliRunner().invoke(app, ["show", str(path), "--json"]).stdout))
+
+
+def test_show_says_what_will_be_resident(tmp_path):
+    tensors = weights()
+    report = shown(write_llama(tmp_path / "m.gguf", tensors))
+    matrices = sum(value.size for value in tensors.values() if value.ndim > 1)
+    gains = sum(value.size for value in tensors.values() if value.ndim == 1)
+    assert (report["parameters"], report["resident_weights_bytes"]) == (matrices + gains, 2 * matrices + 4 * gains)
+    assert (report["license"], report["terms"], report["types"]) == ("apache-2.0", None, {"F32": len(tensors)})
+    assert report["kv_bytes_per_token"] == 2 * 2 * 4 * 2  # K and V, 2 layers, 1 KV head of 4, bf16
+    assert report["resident_kv_bytes_max_context"] == 64 * 32
+
+
+def test_show_counts_what_window_layers_hold():
+    config = replace(tiny_config(6), max_context=8192, window=512, local_layers=(0, 1, 2, 3, 4))
+    assert cli._kv_bytes(replace(config, local_layers=(), window=None), 8192) == 8192 * config.kv_bytes_per_token(2)
+    held = cli._kv_bytes(config, 8192) / (8192 * config.kv_bytes_per_token(2))
+    assert 1 / 6 + 5 / 6 * 512 / 8192 < held < 2 / 6 + 5 / 6 * 0.5

@@ -10,7 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from firstlight.cache.windows import Windows
 from firstlight.cli.progress import Bars
+from firstlight.kernels.kv_layout import BLOCK
+from firstlight.models.config import ModelConfig
 from firstlight.models.weights import hub
 from firstlight.models.weights.checkpoint import Checkpoint, open_checkpoint
 from firstlight.models.weights.known import KNOWN, known_file
@@ -94,9 +97,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tied_head": config.tie_head,
         "rope_theta": config.rope_theta,
         "max_context": config.max_context,
+        "window": config.window,
         "types": dict(Counter(checkpoint.types.values())),
         "kv_bytes_per_token": config.kv_bytes_per_token(2),
-        "resident_kv_bytes_max_context": config.kv_bytes_per_token(2) * config.max_context,
+        "resident_kv_bytes_max_context": _kv_bytes(config, config.max_context),
         "resident_weights_bytes": sum(
             n * (4 if len(checkpoint.shapes[name]) == 1 else 2) for name, n in elements.items()
         ),
@@ -111,6 +115,14 @@ def _inventory() -> dict[str, Any]:
     ]
     cache = {"path": str(cache_dir() / "weights"), "nbytes": cache_size(), "max_nbytes": cache_bound()}
     return {"models": models, "weight_cache": cache}
+
+
+def _kv_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of the blocks that one request of so many tokens holds at most; window layers free those behind theirs."""
+    windows = Windows.of(config.windows, cached=True)
+    dense = -(-tokens // BLOCK) * config.num_layers * config.num_kv_heads
+    blocks = windows.promise(tokens, config.num_kv_heads) if windows else dense
+    return blocks * BLOCK * config.kv_bytes_per_token(2) // (config.num_layers * config.num_kv_heads)
 
 
 def _product(shape: tuple[int, ...]) -> int:
