@@ -101,7 +101,7 @@ def test_the_smaller_priority_is_served_first(tmp_path: Path) -> None:
         while llm.engine.has_work:
             llm.answers.turns.step()
         assert list(dict.fromkeys(order)) == ["first", "second", "third", "late"]
-        assert all(llm.answers.forget(rid) for rid in streams.values())
+        assert all(llm.answers.forget(rid) for (rid,) in streams.values())
         out = llm.generate("x", SHORT, priority=2, ttft_slo_s=0.5)[0]
         assert (out.report["settings"]["priority"], out.report["settings"]["ttft_slo_s"]) == (2, 0.5)
 
