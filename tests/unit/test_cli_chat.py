@@ -186,6 +186,12 @@ def test_only_a_person_can_chat(flag: str, monkeypatch: pytest.MonkeyPatch, caps
     assert "the prompt is empty" in capsys.readouterr().err
 
 
+def test_a_chat_has_one_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", STDIN_IS_A_TERMINAL)
+    assert call(["run", "m", "--n", "2"]) == 2
+    assert "n=2: a chat goes on from one answer" in capsys.readouterr().err
+
+
 def test_a_missing_document_is_said_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

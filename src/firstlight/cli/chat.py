@@ -41,6 +41,8 @@ _HELP = {
 
 def chat(model: str, documents: Sequence[str], system: str | None, sampling: SamplingParams, options: Options) -> None:
     """Talk until the person leaves. The documents go before the first message."""
+    if sampling.n > 1:
+        raise UserError(f"n={sampling.n}: a chat goes on from one answer; leave it out, or give -p TEXT")
     texts = [read_document(name) for name in documents]
     from firstlight import LLM  # here, because it brings torch
     from firstlight.models.weights.store import cache_dir

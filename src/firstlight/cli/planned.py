@@ -10,7 +10,6 @@ import re
 _PLANNED = {
     "serve": "use `firstlight run`, or firstlight.LLM from Python",
     "plan": "`firstlight bench ttft` measures what it would predict",
-    "eval": "no quality is measured yet; the default is exact",
     "inspect": "`firstlight run --json` reports times, cells and density",
     "calibrate": "no method of this version needs it",
     "bench serve": "choose ttft, decode, throughput or peak",
@@ -18,8 +17,6 @@ _PLANNED = {
     "--weights": "leave it out: weights are kept in the precision of --precision",
     "--quality": "name a method of `firstlight methods list` with --method",
 }
-
-
 _REFUSED = re.compile(r"No such (?:command '|option: )([\w-]+)")
 
 

@@ -68,20 +68,8 @@ def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
     """The rows for a person: how long a run takes, then tokens a second: prompts', decoded ones, new ones, all."""
     title = f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
     shown = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for heading in (
-        "at once",
-        "requests",
-        "run",
-        "min",
-        "max",
-        "prefill/s",
-        "decode/s",
-        "new/s",
-        "all/s",
-        "gain",
-        "MB",
-    ):
-        shown.add_column(heading, justify="right")
+    for heading in ("at once", "run", "min", "max", "prefill/s", "decode/s", "new/s", "all/s", "gain"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         speeds = (row[key] for key in ("prefill_tok_s", "decode_tok_s", "new_tok_s", "total_tok_s"))
         shown.add_row(
