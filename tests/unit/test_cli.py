@@ -40,6 +40,7 @@ REPORT = {
     "attention": {"density": 1.0},
     "kv": {"bytes_peak": 1024, "bytes_end": 0},
     "methods": [],
+    "settings": {"precision": "bf16"},
 }
 
 
@@ -194,6 +195,9 @@ def test_an_approximate_run_says_so(
     monkeypatch.setattr(llm, "report", {**REPORT, "exact": False, "methods": [method]})
     assert call(["run", "m", "-p", "hi", "--method", "band"]) == 0
     assert "approximate: band" in capsys.readouterr().err
+    monkeypatch.setattr(llm, "report", {**REPORT, "exact": False, "settings": {"precision": "int8"}})
+    assert call(["run", "m", "-p", "hi", "--precision", "int8"]) == 0
+    assert "approximate: int8 linears; 100% of dense attention" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
