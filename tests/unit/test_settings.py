@@ -118,7 +118,7 @@ def test_keys_of_the_file_may_be_written_like_flags(file: Path) -> None:
         (b"deterministic = 1", "deterministic=1 is not on or off"),
         (b"method = 3", "method=3 is not a list"),
         (b"method = [[3]]", "method=[3] is not "),
-        (b"precision = 'int3'", "precision='int3' is unknown; choose bf16 or f32"),
+        (b"precision = 'int3'", "precision='int3' is unknown; choose bf16, f32, int8"),
         (b"kv_memory = [1]", "kv_memory=[1] is not text"),
         (b"config = 'other.toml'", "config can't be set in a settings file"),
         (b"threads = ", "is not TOML ("),

@@ -22,6 +22,8 @@ class Turns:
         self._engine, self._deliver = engine, deliver
         self._changed = threading.Condition()
         self._stepper: int | None = None
+        self._num_alone = 0
+        """Threads that are alone or wait to be: else whoever steps would step again before they noticed."""
         self.is_over = False
 
     def step(self) -> None:
@@ -32,7 +34,7 @@ class Turns:
                 self._refuse_nesting()
                 if self.is_over:
                     return
-                if self._stepper is not None:
+                if self._stepper is not None or self._num_alone:
                     self._changed.wait()
                     return
                 mine, self._stepper = True, threading.get_ident()
@@ -49,10 +51,12 @@ class Turns:
         """Nobody steps while this lasts."""
         with self._changed:
             self._refuse_nesting()
-            self._changed.wait_for(lambda: self._stepper is None)
+            self._num_alone += 1
             try:
+                self._changed.wait_for(lambda: self._stepper is None)
                 yield
             finally:
+                self._num_alone -= 1
                 self._changed.notify_all()
 
     def wait_for_work(self) -> bool:
