@@ -77,17 +77,13 @@ def theirs(checkpoint: Checkpoint) -> PreTrainedModel:
         "rms_norm_eps": c.rms_eps,
         "tie_word_embeddings": c.tie_head,
     }
-    with torch.device("meta"):
-        if c.architecture == "gemma3":
-            model: PreTrainedModel = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=c.window))
-        else:
-            model = Qwen2ForCausalLM(Qwen2Config(**sizes, rope_theta=c.rope_theta))
-    model = model.to_empty(device="cpu").eval()
+    if c.architecture == "gemma3":
+        model: PreTrainedModel = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=c.window))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, rope_theta=c.rope_theta))
     model.load_state_dict(load_weights(checkpoint, torch.float32), strict=False, assign=True)
     model.tie_weights()
-    for module in model.modules():  # what isn't saved has to be made
-        model._init_weights(module) if not list(module.parameters(recurse=False)) else None
-    return model
+    return model.eval()
 
 
 @torch.inference_mode()
