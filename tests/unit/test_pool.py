@@ -145,7 +145,8 @@ def test_reservations_are_used_before_anything_else(first: str) -> None:
         if first == "slots":
             slots = kv.slots((layer, layer + 1), tok)
             assert slots is not None
-            kv.put(layer, slots[0], 70, k, 2 * k)
+            kv.pool.layout.write(slots[0], k, 2 * k)
+            kv.grow(layer, 70)
         else:
             kv.write(layer, tok, tok, k, 2 * k)
     assert kv.missing((0, 2), 58) == 0 and kv.missing((0, 2), 59) == 4

@@ -33,7 +33,8 @@ def write(kv: RequestKV, layer: int, first: int, end: int) -> None:
     if slots is None:
         kv.write(layer, tok, tok, k, 2 * k)
     else:
-        kv.put(layer, slots[0], end, k, 2 * k)
+        kv.pool.layout.write(slots[0], k, 2 * k)
+        kv.grow(layer, end)
 
 
 def reads(kv: RequestKV, layer: int, first: int) -> bool:

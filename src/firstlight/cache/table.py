@@ -174,7 +174,7 @@ class RequestKV:
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
     def slots(self, layers: tuple[int, int], tok: Tensor) -> Sequence[Tensor] | None:
-        """Where ordinals tok i64 [n] go in each of these layers, i64 [n, Hkv] each, ready for `put`.
+        """Where ordinals tok i64 [n] go in each of these layers, i64 [n, Hkv] each; `grow` says that they are there.
 
         None if the rows aren't identities that these ordinals continue or overwrite, or if window layers will take
         blocks for them; `write` then sorts it out.
@@ -190,9 +190,8 @@ class RequestKV:
         blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
         return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1))).unbind()
 
-    def put(self, layer: int, slots: Tensor, end: int, k: Tensor, v: Tensor) -> None:
-        """Write k, v [n, Hkv, D] at slots [n, Hkv] of a layer; the row then holds `end` ordinals at least."""
-        self.pool.layout.write(slots, k, v)
+    def grow(self, layer: int, end: int) -> None:
+        """The layer holds `end` ordinals at least, by now."""
         if end > self.length[layer, 0]:
             self.length[layer] = end
 

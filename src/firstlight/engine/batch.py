@@ -34,7 +34,7 @@ class Member:
     """Ordinals that this layer's pass may read; None = all."""
     lo: int = 0
     slots: Sequence[Tensor] | None = None
-    """Where the rows' K/V go, i64 [n, Hkv] for each layer; None = ask the table in each layer."""
+    """Where the rows' K/V go, i64 [n, Hkv] for each of the segment's layers; None = ask the table in each layer."""
 
     @property
     def hi(self) -> int:
@@ -48,6 +48,11 @@ class Member:
     def is_plain(self) -> bool:
         """No policy touches the rows, and all of them are written."""
         return not self.live.policies and self.segment.tok[0] >= self.live.held
+
+    def find_slots(self) -> None:
+        """Ask the table once for all layers, where it can tell."""
+        if self.slots is None and self.is_plain:
+            self.slots = self.live.kv.slots(self.segment.layer, self.tok)
 
     @property
     def final(self) -> bool:
@@ -100,6 +105,11 @@ class Batch:
             self.x[lo:hi] = member.x
             member.x, member.lo = self.x[lo:hi], lo
             lo = hi
+        for member in self.members:
+            member.find_slots()
+        self.layout = members[0].live.kv.pool.layout
+        self.num_pairs = int(self.tok.sum()) + self.n
+        """(row, key) pairs of dense attention."""
         self.cos, self.sin = model.rope(torch.nn.functional.pad(self.pos, (0, len(self.x) - self.n)))
         self._blocks: dict[int, list[Block]] = {}
         self._scratch: dict[str, Tensor] = {}
@@ -121,6 +131,13 @@ class Batch:
         if name not in self._scratch:
             self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.dtype)
         return self._scratch[name]
+
+    def slots(self, layer: int) -> Tensor | None:
+        """Where all rows' K/V go in a layer, i64 [N, Hkv]; None if the tables must be asked one by one."""
+        parts = [m.slots[layer - m.segment.layer[0]] for m in self.members if m.slots is not None]
+        if len(parts) < len(self.members):
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         lo, hi = members[0].lo, members[-1].hi

@@ -12,14 +12,14 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from firstlight.core.attn import PlanContext
 from firstlight.core.schedule import WorkUnit, YieldAt
-from firstlight.engine.batch import Batch, Member
+from firstlight.engine.batch import Batch, Block, Member
 from firstlight.engine.cuts import CutTaken, RowCuts
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.park import ParkStore
@@ -28,12 +28,12 @@ from firstlight.engine.rates import SLICE_S, Rate
 from firstlight.kernels.contract import AttnCall, AttnRows
 from firstlight.models.decoder import Decoder
 
+_INSIDE_LAYERS: tuple[YieldAt, ...] = ("slice", "op", "sublayer")
 _HEAD_ROWS = 256
 """Rows of prompt logits made at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """A place where a pass can wait: after an operator or a slice of one."""
 
     level: YieldAt
@@ -63,6 +63,9 @@ class Pass:
         self._row_cuts = RowCuts(machine.park, self.cuts)
         self._members: list[Member] = []
         self._batch: Batch | None = None
+        self._governed = any(live.policies for live in self.lives)
+        self._fine = True
+        """Whether to stop inside layers."""
 
     @property
     def is_abandoned(self) -> bool:
@@ -70,13 +73,15 @@ class Pass:
         return all(live.cancelled for live in self.lives)
 
     def run(self) -> Generator[Stop, None, None]:
-        first = min(segment.layer[0] for segment in self.unit.segments)
-        last = max(segment.layer[1] for segment in self.unit.segments)
-        for layer in range(first, last):
-            self._join(layer)
+        begin = {segment.layer[0] for segment in self.unit.segments}
+        end = {segment.layer[1] for segment in self.unit.segments}
+        for layer in range(min(begin), max(end)):
+            if layer in begin or any(live.cancelled for live in self.lives):
+                self._join(layer)
             if self._members:
                 yield from self._layer(layer)
-                yield from self._leave(layer + 1)
+                if layer + 1 in end:
+                    yield from self._leave(layer + 1)
             yield Stop("layer", layer, "end")
 
     # --- rows come and go ---------------------------------------------------------------------------------------------
@@ -138,22 +143,34 @@ class Pass:
     # --- one layer ----------------------------------------------------------------------------------------------------
 
     def _layer(self, layer: int) -> Iterator[Stop]:
-        aside = self._before(layer)
-        batch = self._batch = self._batch or Batch(self._members, self.machine.model)
-        q, k, v = yield from self._qkv(layer, batch)
+        aside = self._before(layer) if self._governed else []
+        if (batch := self._batch) is None:
+            batch = self._batch = Batch(self._members, self.machine.model)
+            self._fine = self.unit.yield_at in _INSIDE_LAYERS or self._seconds(batch) > SLICE_S
+        blocks = batch.blocks(self.machine.linear.rows(self.machine.model.layer_flops))
+        q, k, v = yield from self._qkv(layer, batch, blocks)
         for m in batch.governed:
             self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
-        for m in batch.members:
-            self._write(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])
+        self._write(layer, batch, k, v)
         attended = batch.scratch("attended", q.shape[1:])
-        probes = Probes(layer, batch.observed)
+        probes = Probes(layer, batch.observed) if batch.observed else None
         yield from self._attend(layer, batch, q, attended, probes)
         for m in batch.governed:
-            self._row_cuts.after_attend(m, layer, probes.obs(m))
-        yield Stop("sublayer", layer, "attend")
-        yield from self._finish(layer, batch, attended)
+            self._row_cuts.after_attend(m, layer, probes.obs(m) if probes else None)
+        if self._fine:
+            yield Stop("sublayer", layer, "attend")
+        yield from self._finish(layer, blocks, attended)
         self._after(layer, batch, probes, aside)
-        yield Stop("sublayer", layer, "mlp")
+        if self._fine:
+            yield Stop("sublayer", layer, "mlp")
+
+    def _seconds(self, batch: Batch) -> float:
+        """A layer's predicted time."""
+        machine, c = self.machine, self.machine.model.config
+        attention = 4.0 * c.num_heads * c.head_dim * batch.num_pairs
+        return (
+            machine.model.layer_flops * batch.n / machine.linear.per_second + attention / machine.attention.per_second
+        )
 
     def _before(self, layer: int) -> list[tuple[Member, Tensor, Tensor]]:
         """Row policies as rows enter: revived rows come in, skipping rows are set aside for this layer."""
@@ -167,64 +184,73 @@ class Pass:
                 aside += [(member, *entered)] if len(entered[0]) else []
         return aside
 
-    def _qkv(self, layer: int, batch: Batch) -> Generator[Stop, None, Sequence[Tensor]]:
+    def _qkv(self, layer: int, batch: Batch, blocks: Sequence[Block]) -> Generator[Stop, None, Sequence[Tensor]]:
         """q [N, Hq, d], k, v [N, Hkv, d] of all rows, padding included."""
         model, whole = self.machine.model, batch.scratch
-        blocks = batch.blocks(self.machine.linear.rows(model.layer_flops))
         done: Sequence[Tensor] = ()
         for block in blocks:
             made = model.qkv(layer, block.x, block.cos, block.sin)
             done = made if len(blocks) == 1 else [whole(n, t.shape[1:]) for n, t in zip("qkv", made)]
             for target, part in zip(done, made) if len(blocks) > 1 else ():
                 target[block.lo : block.hi] = part
-            yield Stop("slice", layer, "qkv")
-        yield Stop("op", layer, "qkv")
+            if self._fine:
+                yield Stop("slice", layer, "qkv")
+        if self._fine:
+            yield Stop("op", layer, "qkv")
         return done
 
-    def _write(self, layer: int, m: Member, k: Tensor, v: Tensor) -> None:
-        """Upsert the member's cells, but for those that were exact before."""
-        live, (l0, l1) = m.live, m.segment.layer
-        if not m.decode:
-            live.computed += m.hi - m.lo
-        if m.slots is None and layer == l0 and m.is_plain:
-            m.slots = live.kv.slots((l0, l1), m.tok)
-        if m.slots is not None:
-            live.kv.put(layer, m.slots[layer - l0], m.segment.tok[1], k, v)
+    def _write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
+        """Upsert the cells of all rows, but for those that were exact before."""
+        for m in batch.members:
+            if not m.decode:
+                m.live.computed += m.hi - m.lo
+        if (slots := batch.slots(layer)) is not None:
+            batch.layout.write(slots, k, v)
+            for m in batch.members:
+                m.live.kv.grow(layer, m.segment.tok[1])
             return
+        for m in batch.members:
+            self._upsert(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])
+
+    def _upsert(self, layer: int, m: Member, k: Tensor, v: Tensor) -> None:
+        """One member's cells: among others, between others, or copied on write."""
+        live = m.live
         new = int((m.tok < live.held).sum()) if live.held else 0
         tok = m.tok[new:]
         if live.policies:
             live.kv.provide((layer, layer + 1), _beyond(live, layer, tok))
         live.kv.write(layer, tok, m.pos[new:], k[new:], v[new:])
 
-    def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes) -> Iterator[Stop]:
+    def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes | None) -> Iterator[Stop]:
         ops, rate = self.machine.ops, self.machine.attention
         for members, rows in batch.groups:
             call = self._call(layer, members, rows, q, out, probes)
-            for r0, r1, work in _slices(ops.attend_work(call, 0, call.q.shape[0]), rate):
-                began = time.perf_counter()
-                ops.attend(call, r0, r1)
-                rate.observe(work, time.perf_counter() - began)
-                yield Stop("slice", layer, "attend")
+            if self._fine:
+                for r0, r1, work in _slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
+                    began = time.perf_counter()
+                    ops.attend(call, r0, r1)
+                    rate.observe(work, time.perf_counter() - began)
+                    yield Stop("slice", layer, "attend")
+            else:
+                ops.attend(call, 0, rows.row_ptr[-1])
             self._count(members, call)
 
     def _call(
-        self, layer: int, members: Sequence[Member], rows: AttnRows, q: Tensor, out: Tensor, probes: Probes
+        self, layer: int, members: Sequence[Member], rows: AttnRows, q: Tensor, out: Tensor, probes: Probes | None
     ) -> AttnCall:
         """The attention call of members that lie together in the batch."""
-        lo, hi = members[0].lo, members[-1].hi
-        model, only = self.machine.model, members[0]
+        model, only, lo = self.machine.model, members[0], members[0].lo
         plan = None if only.live.planner is None else only.live.planner.plan(self._plan_context(layer, only, q))
         return AttnCall(
-            q=q[lo:hi],
+            q=q[lo:] if lo else q,
             rows=rows,
             layout=only.live.kv.pool.layout,
             kv=[m.live.kv.view(layer, m.visible) for m in members],
-            out=out[lo:hi],
+            out=out[lo:] if lo else out,
             scale=model.scale,
             plan=plan,
             model_window=model.windows[layer],
-            probe=probes.rows(members),
+            probe=probes.rows(members) if probes else None,
         )
 
     def _plan_context(self, layer: int, m: Member, q: Tensor) -> PlanContext:
@@ -256,21 +282,24 @@ class Pass:
                 share = int(read.sum()) * call.q.shape[1]
                 m.live.stats.visible += share if len(members) > 1 else call.stats.visible
 
-    def _finish(self, layer: int, batch: Batch, attended: Tensor) -> Iterator[Stop]:
+    def _finish(self, layer: int, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
         model, rate = self.machine.model, self.machine.linear
-        for block in batch.blocks(rate.rows(model.layer_flops)):
+        for block in blocks:
             began = time.perf_counter()
             model.finish(layer, block.x, attended[block.lo : block.hi])
             rate.observe(model.layer_flops * (block.hi - block.lo), time.perf_counter() - began)
-            yield Stop("slice", layer, "mlp")
+            if self._fine:
+                yield Stop("slice", layer, "mlp")
 
-    def _after(self, layer: int, batch: Batch, probes: Probes, aside: list[tuple[Member, Tensor, Tensor]]) -> None:
+    def _after(
+        self, layer: int, batch: Batch, probes: Probes | None, aside: Sequence[tuple[Member, Tensor, Tensor]]
+    ) -> None:
         """Cuts take effect, rows that skipped come back, barriers and retention decide, windows move on."""
         for m in batch.observed:
             if self._row_cuts.apply(m, layer):
                 self._batch = None
             if m.live.retention is not None and m.final and not m.decode:
-                self._retain(layer, m, probes.obs(m))
+                self._retain(layer, m, probes.obs(m) if probes else None)
         for m in batch.members if self.machine.model.windows[layer] else ():
             m.live.kv.leave_behind(layer, m.segment.tok[1])
         for m, tok, x in aside:

@@ -35,7 +35,7 @@ class AttnRows:
     """What a backend worked out about these rows, for the next layer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KVView:
     """What one request holds in one layer, by KV head: entries sorted by ordinal, spread over blocks of 64.
 
@@ -72,18 +72,18 @@ class AttnStats:
     visible: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AttnCall:
     """Everything that a slice of one attention operator needs, apart from the slice."""
 
     q: Tensor
-    """[N, Hq, D] after rotation."""
+    """[N or more, Hq, D] after rotation; `rows` says how many count."""
     rows: AttnRows
     layout: KVLayout
     kv: Sequence[KVView]
     """[B]."""
     out: Tensor
-    """[N, Hq, D], written."""
+    """[N or more, Hq, D], written."""
     scale: float
     plan: AttnPlan | None = None
     model_window: int | None = None

@@ -39,8 +39,8 @@ class KVLayout:
         return 2 * BLOCK * head_dim * dtype.itemsize
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put k, v [n, H, D] at slots i64 [n, H] (block * 64 + place)."""
-        n, heads, dim = k.shape
+        """Put the first n rows of k, v [.., H, D] at slots i64 [n, H] (block * 64 + place)."""
+        n, (_, heads, dim) = slots.shape[0], k.shape
         slots = slots.contiguous()
         if lib is not None and _heads_lie_together(k) and _heads_lie_together(v):
             where = (k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), self.k.data_ptr(), self.v.data_ptr())
@@ -48,8 +48,8 @@ class KVLayout:
             lib.write_kv(*where, slots.data_ptr(), n, heads, dim, torch.get_num_threads(), bf16)
             return
         block, place = self._place(slots)
-        self.k[block, :, place] = k.reshape(n * heads, -1, self.pair)
-        self.v[block, place // self.pair, :, place % self.pair] = v.reshape(n * heads, dim)
+        self.k[block, :, place] = k[:n].reshape(n * heads, -1, self.pair)
+        self.v[block, place // self.pair, :, place % self.pair] = v[:n].reshape(n * heads, dim)
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [n, D] of slots i64 [n]."""
