@@ -16,7 +16,7 @@ import pytest
 
 from firstlight.cli import docs
 from firstlight.cli.main import call
-from firstlight.models.weights.store import cache_dir
+from firstlight.core.files import cache_dir
 from tests.terminal import Terminal
 
 KEYS = {

@@ -128,7 +128,7 @@ def test_a_retention_frees_what_it_drops_and_takes_no_more_than_promised(
 ) -> None:
     """It rewrites columns that it shares with the cache, in pools that have no spare block."""
     part = Part("halver", "cache", Halver(), None, Capability(exact=False, alters_cells=False))
-    monkeypatch.setattr(build, "make_parts", lambda methods: [part])
+    monkeypatch.setattr(build, "make_parts", lambda methods, model: [part])
     engine = tiny_engine(kv_memory=str(columns * COLUMN))
     hits = 0
     for seed in range(100):

@@ -45,7 +45,7 @@ def chat(model: str, documents: Sequence[str], system: str | None, sampling: Sam
         raise UserError(f"n={sampling.n}: a chat goes on from one answer; leave it out, or give -p TEXT")
     texts = [read_document(name) for name in documents]
     from firstlight import LLM  # here, because it brings torch
-    from firstlight.models.weights.store import cache_dir
+    from firstlight.core.files import cache_dir
 
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
     with Bars() as bars, LLM(model, progress=bars, **settings) as llm:

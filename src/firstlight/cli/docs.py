@@ -32,7 +32,7 @@ PATH_OF_A_PROMPT = [
         "attention",
         "cache",
     ),
-    *("decode", "kernels", "simulate", "evaluate"),
+    *("decode", "kernels", "simulate", "evaluate", "train"),
 ]
 """The order of the tree: what everything is made of, then the stations of a prompt, then what stands beside them."""
 

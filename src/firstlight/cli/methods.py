@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from firstlight.cli.options import complete_with
-from firstlight.core import registry
+from firstlight.core import calibration, registry
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability
 
@@ -82,11 +82,14 @@ def describe(name: str) -> dict[str, Any]:
 def _part(seam: str, cls: Any) -> dict[str, Any]:
     about = (inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or "").split("\n\n")[0]
     capability = getattr(cls, "capability", Capability(exact=True, alters_cells=False))
+    settings = [_setting(field, cls) for field in dataclasses.fields(cls.Config)]
+    if capability.calibration:
+        settings.append({"name": calibration.KEY, "type": "FILE", "default": None, "doc": calibration.KEY_DOC})
     return {
         "seam": seam,
         "home": f"{cls.__module__}:{cls.__qualname__}",
         "about": " ".join(about.split()),
-        "settings": [_setting(field, cls) for field in dataclasses.fields(cls.Config)],
+        "settings": settings,
         "capability": dataclasses.asdict(capability),
     }
 

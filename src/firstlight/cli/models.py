@@ -12,12 +12,13 @@ from rich.table import Table
 
 from firstlight.cache.windows import Windows
 from firstlight.cli.progress import Bars
+from firstlight.core.files import cache_dir
 from firstlight.kernels.kv_layout import BLOCK
 from firstlight.models.config import ModelConfig
 from firstlight.models.weights import hub
 from firstlight.models.weights.checkpoint import Checkpoint, open_checkpoint
 from firstlight.models.weights.known import KNOWN, known_file
-from firstlight.models.weights.store import cache_bound, cache_dir, cache_size
+from firstlight.models.weights.store import cache_bound, cache_size
 
 app = typer.Typer(help="List, fetch and describe models.", no_args_is_help=True)
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]

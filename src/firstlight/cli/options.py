@@ -48,14 +48,15 @@ def flags_of(records: Mapping[str, type]) -> list[Flag]:
     return list(found.values())
 
 
-def with_flags(**records: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(without: Sequence[str] = (), **records: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: the verb's parameters named in `records` (frozen dataclasses) become one flag a field.
 
-    Only what was given reaches a record; the rest of it comes from where `core/settings.py` says, or is its default.
+    Fields named in `without` are no flags of this verb. Only what was given reaches a record; the rest of it comes from
+    where `core/settings.py` says, or is its default.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        flags = flags_of(records)
+        flags = [flag for flag in flags_of(records) if flag.name not in without]
 
         @functools.wraps(verb)
         def wrapper(**given: Any) -> None:

@@ -11,7 +11,6 @@ _PLANNED = {
     "serve": "use `firstlight run`, or firstlight.LLM from Python",
     "plan": "`firstlight bench ttft` measures what it would predict",
     "inspect": "`firstlight run --json` reports times, cells and density",
-    "calibrate": "no method of this version needs it",
     "bench serve": "choose ttft, decode, throughput or peak",
     "bench kernel": "choose ttft, decode, throughput or peak",
     "--weights": "leave it out: weights are kept in the precision of --precision",

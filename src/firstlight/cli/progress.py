@@ -47,11 +47,11 @@ class Bars:
     def __call__(self, report: Report) -> None:
         """The sink of an `LLM`. Phases that it wasn't made for show nothing."""
         if report.phase in self._phases:
-            self._tell(_LABELS[report.phase], report.done, report.total)
+            self.tell(_LABELS[report.phase], report.done, report.total)
 
     def shares(self, label: str) -> Callable[[float], None]:
         """A sink of shares in [0, 1] of the work that `label` names."""
-        return lambda share: self._tell(label, share, 1.0)
+        return lambda share: self.tell(label, share, 1.0)
 
     def close(self) -> None:
         """Takes the bar off the screen; what comes next is new work."""
@@ -60,8 +60,11 @@ class Bars:
         self._bar = self._task = None
         self._began.clear()
 
-    def _tell(self, label: str, done: float, total: float) -> None:
-        """Called often: does nothing on most calls, and nothing at all when stderr is not a terminal."""
+    def tell(self, label: str, done: float, total: float) -> None:
+        """A sink of the work that `label` names; called often.
+
+        It does nothing on most calls, and nothing at all when stderr is not a terminal.
+        """
         now = time.monotonic()
         if not self._console.is_terminal:
             return

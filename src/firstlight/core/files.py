@@ -1,11 +1,17 @@
-"""Files that others may read while we write them: weights, notes, documents."""
+"""Files that others may read while we write them: weights, notes, documents; and the folder of those we derive."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where derived files live: $FIRSTLIGHT_CACHE or ~/.cache/firstlight. Not created here."""
+    return Path(os.environ.get("FIRSTLIGHT_CACHE") or Path.home() / ".cache" / "firstlight")
 
 
 @contextlib.contextmanager

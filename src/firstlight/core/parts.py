@@ -2,7 +2,8 @@
 
 A method is a name with one part per seam that it touches. The engine reads capabilities, never a part's type.
 All hooks are optional: a part derives from the class of its seam here and overrides what it needs; the defaults are
-dense. Hook names and meanings: README-tokens-cache of the design, section 3.
+dense. A part of any seam may have `bind(model, calibration)`: the registry calls it once, before the first request, and
+what it refuses with a UserError is refused. Hook names and meanings: README-tokens-cache of the design, section 3.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from firstlight.core.calibration import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +41,26 @@ class Capability:
     digests: tuple[str, ...] = ()
     """Per-block summaries that the cache must write."""
     calibration: bool = False
-    """Needs a calibration file."""
+    """Reads a calibration file: its settings have the key `calibration`, `bind` is given what is in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a part may know of the model before the first request."""
+
+    digest: str
+    """sha256 of its files."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    """The window of each layer in tokens; None = reads all."""
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Layers that read all tokens, ascending."""
+        return [layer for layer, window in enumerate(self.windows) if window is None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +136,14 @@ class RequestRows:
     """i64 [n]."""
 
 
-class RowPolicy:
+class Bound:
+    """A part that looks at the model before it is used."""
+
+    def bind(self, model: ModelFacts, calibration: Calibration | None) -> None:
+        """Called once. Raises UserError if the method can't do with this model, or needs a calibration and has none."""
+
+
+class RowPolicy(Bound):
     """The tokens/ part of a method: which cells are computed at all."""
 
     def barriers(self) -> tuple[int, ...]:
@@ -144,7 +173,7 @@ class RowPolicy:
         return Cut(keep=tok)
 
 
-class Retention:
+class Retention(Bound):
     """The cache/ part of a method: which K/V stay after a layer's last use in this pass."""
 
     scope: Literal["prompt", "chunk", "step"] = "prompt"

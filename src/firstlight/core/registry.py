@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from firstlight.core import calibration as calibrations
+from firstlight.core.calibration import Calibration
 from firstlight.core.errors import UserError
-from firstlight.core.parts import Capability
+from firstlight.core.parts import Capability, ModelFacts
 from firstlight.core.values import read_value
 
 GROUP = "firstlight.methods"
@@ -61,6 +63,7 @@ class Part:
     impl: Any
     config: Any
     capability: Capability
+    calibration: Calibration | None = None
 
 
 @functools.cache
@@ -100,17 +103,39 @@ def configure(cls: Any, method: Method, known: set[str]) -> Any:
     return cls.Config(**chosen)
 
 
-def make_parts(methods: Sequence[Method]) -> list[Part]:
-    """All parts of the methods, in order of seams. Raises UserError on unknown names, keys, values and collisions."""
-    parts: list[Part] = []
-    for method in methods:
-        found = classes(method.name)
-        known = {f.name for cls in found.values() for f in dataclasses.fields(cls.Config)}
-        for seam, cls in found.items():
-            config = configure(cls, method, known)
-            parts.append(Part(method.name, seam, cls(config), config, cls.capability))
+def make_parts(methods: Sequence[Method], model: ModelFacts | None = None) -> list[Part]:
+    """All parts of the methods, in order of seams, ready for a model; without one they are only checked.
+
+    Raises UserError on unknown names, keys, values and collisions, and on what can't be with this model.
+    """
+    parts = [part for method in methods for part in _parts(method, model)]
     _refuse_collisions(parts)
+    if model is not None:
+        for part in parts:
+            if bind := getattr(part.impl, "bind", None):
+                bind(model, part.calibration)
     return parts
+
+
+def is_calibrated(found: Mapping[str, Any]) -> bool:
+    """Whether any of a method's classes (seam -> class) reads a calibration file."""
+    return any(getattr(cls, "capability", Capability()).calibration for cls in found.values())
+
+
+def _parts(method: Method, model: ModelFacts | None) -> list[Part]:
+    """One method's parts. A key that two of them have is set in both."""
+    found = classes(method.name)
+    known = {f.name for cls in found.values() for f in dataclasses.fields(cls.Config)}
+    calibration = None
+    if is_calibrated(found):
+        known.add(calibrations.KEY)
+        if model is not None:
+            calibration = calibrations.find(method.name, model.digest, method.settings.get(calibrations.KEY))
+    configs = {seam: configure(cls, method, known) for seam, cls in found.items()}
+    return [
+        Part(method.name, seam, cls(configs[seam]), configs[seam], cls.capability, calibration)
+        for seam, cls in found.items()
+    ]
 
 
 def make_schedule(method: Method, view_config: Any) -> Any:
@@ -121,7 +146,11 @@ def make_schedule(method: Method, view_config: Any) -> Any:
 
 def recipe(parts: Sequence[Part]) -> str:
     """Names what was done to the cells: empty for exact ones, else a hash of the parts that alter cells."""
-    altering = [[p.method, p.seam, dataclasses.asdict(p.config)] for p in parts if p.capability.alters_cells]
+    altering = [
+        [p.method, p.seam, dataclasses.asdict(p.config), *([p.calibration.digest] if p.calibration else [])]
+        for p in parts
+        if p.capability.alters_cells
+    ]
     if not altering:
         return ""
     return hashlib.sha256(json.dumps(sorted(altering, key=str), sort_keys=True, default=str).encode()).hexdigest()

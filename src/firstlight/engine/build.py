@@ -34,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "int8": torch.bfloat16}
 def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Options, digest: str) -> Engine:
     """An engine over a model's weights (in the options' precision). Raises UserError on settings that can't be."""
     ops = fastest(config.head_dim)
-    parts = make_parts(options.methods)
+    parts = make_parts(options.methods, config.facts(digest))
     max_len = min(options.max_model_len or config.max_context, config.max_context)
     int8 = _spread(config, weights, ops, digest) if options.precision == "int8" else None
     model = build_model(config, weights, ops, served=max_len, int8=int8)

@@ -16,7 +16,7 @@ from typing import Any
 
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
-from firstlight.core.registry import make_parts
+from firstlight.core.registry import Part, make_parts
 from firstlight.evaluate import books
 from firstlight.evaluate.reading import Excerpt
 from firstlight.evaluate.records import Record, Records
@@ -58,12 +58,15 @@ class Grid:
 class Subject:
     """A model under some settings, and its records."""
 
-    def __init__(self, model: str, options: Options, digest: str, records: Records) -> None:
+    def __init__(
+        self, model: str, options: Options, digest: str, records: Records, calibrations: Record | None = None
+    ) -> None:
         self.model, self.options, self._digest, self._records = model, _alone(options), digest, records
+        self._calibrations = {"calibrations": calibrations} if calibrations else {}
 
     def run_of(self, cell: Cell) -> Record:
         """What names a record: nothing else may change its figures."""
-        return {"model": self._digest, "settings": asdict(self.options), **asdict(cell)}
+        return {"model": self._digest, "settings": asdict(self.options), **self._calibrations, **asdict(cell)}
 
     def records(self, cells: Iterable[Cell]) -> list[Record]:
         """The records of cells that were run."""
@@ -98,18 +101,33 @@ def evaluate(
     records = Records(out)
     make_parts(options.methods)
     checkpoint = open_checkpoint(resolve(model))
+    calibrations = _calibrations(make_parts(options.methods, checkpoint.config.facts(checkpoint.digest)))
     cells = grid.all_cells()
     _check_context(cells, min(options.max_model_len or checkpoint.config.max_context, checkpoint.config.max_context))
     tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
     prepared = {cell: prepare(tokenizer, cell, options.seed) for cell in cells}
     references = References(checkpoint.digest)
-    asked, dense = (Subject(model, o, checkpoint.digest, records) for o in (options, dense_of(options)))
+    asked = Subject(model, options, checkpoint.digest, records, calibrations)
+    dense = Subject(model, dense_of(options), checkpoint.digest, records)
     _refer(model, options, [p for p in prepared.values() if isinstance(p, Excerpt)], references, progress, tell)
     subjects = [dense] if asked.options == dense.options else [dense, asked]
     for subject in subjects:
         subject.run(prepared, references, progress, tell)
     rows = [row for length in grid.lengths for name in grid.tasks for row in _rows(grid, name, length, subjects)]
     return {"model": model, "rows": rows, "texts": {book: books.digest_of(book) for book in books.BOOKS}}
+
+
+def _calibrations(parts: Sequence[Part]) -> dict[str, str]:
+    """Method -> digest of its calibration. Raises UserError if one has seen what it would be judged on."""
+    found = {part.method: part.calibration for part in parts if part.calibration is not None}
+    for method, calibration in found.items():
+        for book in books.BOOKS:
+            if books.digest_of(book) in calibration.texts.values():
+                raise UserError(
+                    f"the calibration {calibration.path} of {method} was made on {book}, which `eval` judges on; "
+                    f"make one with `firstlight calibrate MODEL {method}`"
+                )
+    return {method: calibration.digest for method, calibration in found.items()}
 
 
 def dense_of(options: Options) -> Options:

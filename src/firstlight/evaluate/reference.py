@@ -14,12 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from firstlight.core.files import write_atomically
+from firstlight.core.files import cache_dir, write_atomically
 from firstlight.engine.engine import Engine
 from firstlight.evaluate import reading
 from firstlight.evaluate.distance import LIKELIEST, Outline
 from firstlight.evaluate.reading import Excerpt, Reference, refer
-from firstlight.models.weights.store import cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from firstlight.core.files import write_atomically
+from firstlight.core.files import cache_dir, write_atomically
 from firstlight.models.decoder import Decoder
-from firstlight.models.weights.store import cache_dir
 
 log = logging.getLogger(__name__)
 _TOKENS = 256

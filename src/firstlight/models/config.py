@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import ModelFacts
 from firstlight.models.rope import rope_table
 
 _MAX_LAYERS = 4096
@@ -84,6 +85,10 @@ class ModelConfig:
         """The window of each layer; None = reads all."""
         local = set(self.local_layers)
         return tuple(self.window if layer in local else None for layer in range(self.num_layers))
+
+    def facts(self, digest: str) -> ModelFacts:
+        """What parts of methods may know; `digest` is the sha256 of the model's files."""
+        return ModelFacts(digest, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim, self.windows)
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of keys and values that one token keeps, all layers, at `dtype_bytes` an element."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from firstlight.core.config import format_bytes
 from firstlight.core.errors import UserError
+from firstlight.core.files import cache_dir
 from firstlight.evaluate.peers.recipes import TORCH, Recipe
-from firstlight.models.weights.store import cache_dir
 
 Tell = Callable[[str], None]
 INSTALL_LIMIT_S = 3600.0

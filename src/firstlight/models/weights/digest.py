@@ -11,8 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from firstlight.core.files import write_atomically
-from firstlight.models.weights.store import cache_dir
+from firstlight.core.files import cache_dir, write_atomically
 
 
 def digest_of(files: Sequence[Path]) -> str:

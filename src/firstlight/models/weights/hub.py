@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import IO
 
 from firstlight.core.errors import UserError
-from firstlight.core.files import write_atomically
+from firstlight.core.files import cache_dir, write_atomically
 from firstlight.models.weights import huggingface
 from firstlight.models.weights.digest import hash_file
 from firstlight.models.weights.known import KNOWN, KnownModel
-from firstlight.models.weights.store import cache_dir
 
 Progress = Callable[[float], None]
 _POLL_S = 0.2

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from firstlight.core.errors import UserError
-from firstlight.core.files import write_atomically
+from firstlight.core.files import cache_dir, write_atomically
 
 if TYPE_CHECKING:
     from firstlight.models.weights.checkpoint import Checkpoint
@@ -35,11 +35,6 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _LAYOUT = "1"  # raise it when the meaning of the stored bytes changes
 _DEFAULT_BYTES = 8 << 30
 _ABANDONED_S = 3600.0  # a partial file that nobody has written to for so long belongs to a dead process
-
-
-def cache_dir() -> Path:
-    """Where derived files live: $FIRSTLIGHT_CACHE or ~/.cache/firstlight. Not created here."""
-    return Path(os.environ.get("FIRSTLIGHT_CACHE") or Path.home() / ".cache" / "firstlight")
 
 
 def cache_bound() -> int:
