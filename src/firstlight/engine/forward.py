@@ -167,10 +167,9 @@ class Pass:
     def _seconds(self, batch: Batch) -> float:
         """A layer's predicted time."""
         machine, c = self.machine, self.machine.model.config
+        linear: float = machine.model.layer_flops * batch.n
         attention = 4.0 * c.num_heads * c.head_dim * batch.num_pairs
-        return (
-            machine.model.layer_flops * batch.n / machine.linear.per_second + attention / machine.attention.per_second
-        )
+        return linear / machine.linear.per_second + attention / machine.attention.per_second
 
     def _before(self, layer: int) -> list[tuple[Member, Tensor, Tensor]]:
         """Row policies as rows enter: revived rows come in, skipping rows are set aside for this layer."""
