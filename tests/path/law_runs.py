@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from firstlight.cache.pool import Pool
-from firstlight.core.registry import Method, make_schedule
+from firstlight.core.registry import Method, Part, make_schedule
 from firstlight.core.request import Request, SamplingParams
 from firstlight.core.schedule import Policy, Timer
 from firstlight.core.view import ViewConfig
@@ -19,7 +20,7 @@ from firstlight.engine.forward import Machine
 from firstlight.engine.park import ParkStore
 from firstlight.models.decoder import Decoder
 from firstlight.reuse.prefix import PrefixCache
-from tests.path.laws import Chaos, Everything
+from tests.path.laws import Chaos
 
 Logits = dict[str, dict[int, Tensor]]
 """Request -> ordinal -> logits of that row."""
@@ -45,7 +46,7 @@ class Watched(Engine):
         return super()._sample(lives, work)
 
 
-def engine(model: Decoder, policy: Policy | None, columns: int, rows: Everything | None, cached: bool) -> Watched:
+def engine(model: Decoder, policy: Policy | None, columns: int, parts: Sequence[Part], cached: bool) -> Watched:
     config = model.config
     per_column = config.num_layers * config.num_kv_heads
     pool = Pool(columns * per_column, config.head_dim, model.dtype)
@@ -56,7 +57,7 @@ def engine(model: Decoder, policy: Policy | None, columns: int, rows: Everything
         policy or make_schedule(Method("sarathi"), view),
         view,
         Limits(8192, deterministic=True, windows=model.windows),
-        [rows.part()] if rows else [],
+        parts,
         PrefixCache(pool, 64, b"law", model.windows) if cached else None,
     )
     made.seen = {}
@@ -85,21 +86,21 @@ def run(made: Watched, asked: list[Asked], chaos: int | None = None) -> Logits:
     return made.seen
 
 
-def one_shot(model: Decoder, asked: list[Asked], rows: Everything | None = None) -> Logits:
+def one_shot(model: Decoder, asked: list[Asked], parts: Sequence[Part] = ()) -> Logits:
     """Each request alone, its prompt in one segment."""
     seen: Logits = {}
     for one in asked:
-        seen |= run(engine(model, None, 64, rows, cached=False), [one])
+        seen |= run(engine(model, None, 64, parts, cached=False), [one])
     return seen
 
 
 def chaotic(
-    model: Decoder, asked: list[Asked], seed: int, rows: Everything | None = None, cached: bool = False
+    model: Decoder, asked: list[Asked], seed: int, parts: Sequence[Part] = (), cached: bool = False
 ) -> tuple[Logits, Chaos]:
     """All requests together, under a random legal schedule."""
     policy = Chaos(seed, model.config.num_layers)
     columns = max(2 * (len(a.ids) + a.new_tokens) // 64 + 4 for a in asked)
-    return run(engine(model, policy, columns, rows, cached), asked, chaos=seed), policy
+    return run(engine(model, policy, columns, parts, cached), asked, chaos=seed), policy
 
 
 def differences(got: Logits, want: Logits) -> list[tuple[str, int, float]]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from firstlight.cache.merging import merge_entries
 from firstlight.cache.pool import Ids, Pool
 from firstlight.cache.windows import Windows
 from firstlight.kernels.contract import KVView
@@ -206,6 +207,22 @@ class RequestKV:
             old_tok, old_pos = tok[head, chosen], pos[head, chosen]
             self._rewrite(layer, head, 0, old_tok, old_pos, k, v)
             self._trim(layer, head)
+
+    def merge(self, layer: int, assign: Sequence[Tensor], mode: str) -> None:
+        """Fold entries into others as `Merge` says, then only those stay."""
+        kept = []
+        for head, into in enumerate(assign):
+            k, v = self.pool.layout.read(_long(self._slots(layer, head, np.arange(len(into)))))
+            stay, k, v = merge_entries(k, v, into, mode)
+            self._put(layer, head, stay.numpy(), k, v)
+            kept.append(stay)
+        self.keep(layer, kept)
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k, v [Hkv, n, D] of all entries, n the longest head's; beyond a head's length they mean nothing."""
+        longest = int(self.length[layer].max())
+        k, v = self.pool.layout.read_blocks(torch.from_numpy(self.table[layer][:, : blocks_for(longest)]))
+        return k[:, :longest], v[:, :longest]
 
     def view(self, layer: int, visible: Tensor | None = None) -> KVView:
         """What kernels read of one layer; `visible`: ordinals i64 [m] that this pass may read, None = all."""

@@ -8,7 +8,7 @@ what it refuses with a UserError is refused. Hook names and meanings: README-tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -110,6 +110,56 @@ class Keep:
     idx: Sequence[Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """K/V that fold into others: entry i of KV head h goes into entry assign[h][i] of the view, which stays as it is
+    where assign[h][i] = i. A kept entry keeps its ordinal and position (LOOK-M, arXiv 2406.18139, section 3.3)."""
+
+    assign: Sequence[Tensor]
+    """i64 [n] for each KV head; assign[h][assign[h]] = assign[h]."""
+    mode: Literal["mean", "pivot", "weighted"] = "pivot"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [lo, hi) of a prompt whose K/V a source has, from wherever they stood.
+
+    `exact`: no rows are computed for them. `relay`, `blend`: the method's row policy says which are, and what is
+    computed takes the place of what was loaded.
+    """
+
+    lo: int
+    hi: int
+    handle: Any
+    """Whatever the source finds its cells by."""
+    fidelity: Literal["exact", "relay", "blend"] = "exact"
+    hidden_at: int | None = None
+    """A layer whose input rows the source has too: they can be revived there."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanKV:
+    """A span's K/V in one layer."""
+
+    k: Tensor
+    """[n, Hkv, D]."""
+    v: Tensor
+    pos: Tensor
+    """i64 [n]: the positions that the keys were rotated for, if they were."""
+    rotated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """K/V of some tokens of a prompt in one layer, keys rotated for their positions."""
+
+    tok: Tensor
+    """i64 [n] ordinals, ascending."""
+    k: Tensor
+    """[n, Hkv, D]."""
+    v: Tensor
+
+
 @dataclass(slots=True)
 class PartContext:
     """Read-only facts of a request, and the part's own scratch."""
@@ -121,6 +171,8 @@ class PartContext:
     """The last prompt row is in this pass (a decode pass: always)."""
     decode: bool = False
     ids: Sequence[int] = ()
+    entries: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """In `after_layer`: k, v [Hkv, n, D] of the view's entries, read when called."""
     state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -161,8 +213,10 @@ class RowPolicy(Bound):
         """`parked`: i64 ordinals that can be revived into this layer."""
         return None
 
-    def on_kv(self, layer: int, rows: RequestRows, k: Tensor, v: Tensor, ctx: PartContext) -> Cut | None:
-        """k, v [n, Hkv, D] before they are written."""
+    def on_kv(
+        self, layer: int, rows: RequestRows, k: Tensor, v: Tensor, old: Cells | None, ctx: PartContext
+    ) -> Cut | None:
+        """k, v [n, Hkv, D] before they are written; `old`: what a source loaded for tokens of this pass."""
         return None
 
     def after_attend(self, layer: int, rows: RequestRows, obs: Obs | None, ctx: PartContext) -> Cut | None:
@@ -183,9 +237,28 @@ class Retention(Bound):
 
     def after_layer(
         self, layer: int, tok: Tensor, length: Sequence[int], obs: Obs | None, ctx: PartContext
-    ) -> Keep | None:
+    ) -> Keep | Merge | None:
         """`tok` i64 [Hkv, n]: ordinals of the view's entries, `length[h]` of them in head h."""
         return None
+
+
+class KVSource(Bound):
+    """The reuse/ part of a method: K/V that exist already, of tokens that may have stood elsewhere."""
+
+    def find(self, ctx: PartContext) -> Sequence[Span]:
+        """Spans of the prompt `ctx.ids`, ascending, without overlap. Called at admission."""
+        return ()
+
+    def load(self, span: Span, layer: int) -> SpanKV | None:
+        """A span's cells in a layer; None = there are none, its rows must be computed."""
+        return None
+
+    def load_hidden(self, span: Span) -> Tensor | None:
+        """f32 [n, D]: the rows that enter layer `span.hidden_at`, of spans that have one."""
+        return None
+
+    def store(self, ctx: PartContext, read: Callable[[int], Cells]) -> None:
+        """A prompt was prefilled and nothing of it was dropped: `read(layer)` gives its cells."""
 
 
 class Scorer(Protocol):

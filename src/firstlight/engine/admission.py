@@ -23,6 +23,7 @@ from firstlight.core.schedule import Arrival
 from firstlight.core.view import ViewConfig
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.pins import Pins
+from firstlight.engine.spans import Spans
 from firstlight.reuse.prefix import Hit, PrefixCache
 
 
@@ -182,6 +183,8 @@ class Admission:
             live.miss_reason = f"no room for more than {held} cached tokens beside what is new"
         live.held, live.n_cached = held, max(0, min(held, live.num_prompt - self._fresh_rows(live)))
         live.f = [live.n_cached] * len(live.f)
+        if live.source is not None:
+            live.spans = Spans(live.source, live.source_context)
         if not live.stamps.first_unit:  # once it runs, admissions after a preemption are no wait for a first row
             live.stamps.reuse_s += time.perf_counter() - began
         return True

@@ -6,6 +6,7 @@ Between the Python API and the engine's loop. Threads may share it; each waits f
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections import deque
@@ -207,6 +208,8 @@ class Answers:
 
     def _abandon(self, rids: Sequence[str]) -> None:
         """Whatever is still under way of these is cancelled, and gone when this returns."""
+        if sys.is_finalizing():  # a stream that was never read to its end; half of Python is gone by now
+            return
         left = [rid for rid in rids if self.forget(rid)]
         while not self.turns.is_over and any(self._engine.is_live(rid) for rid in left):
             self.turns.step()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firstlight.core.parts import RequestRows
+from firstlight.core.parts import Cells, RequestRows
 from firstlight.core.schedule import Segment
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.rates import padded
@@ -32,6 +32,8 @@ class Member:
     x: Tensor
     visible: Tensor | None = None
     """Ordinals that this layer's pass may read; None = all."""
+    loaded: Cells | None = None
+    """What a source gave for this layer."""
     lo: int = 0
     slots: Sequence[Tensor] | None = None
     """Where the rows' K/V go, i64 [n, Hkv] for each of the segment's layers; None = ask the table in each layer."""
@@ -46,8 +48,9 @@ class Member:
 
     @property
     def is_plain(self) -> bool:
-        """No policy touches the rows, and all of them are written."""
-        return not self.live.policies and self.segment.tok[0] >= self.live.held
+        """No policy touches the rows, no source adds any, and all of them are written."""
+        whole = not self.live.policies and self.live.spans is None
+        return whole and self.segment.tok[0] >= self.live.held
 
     def find_slots(self) -> None:
         """Ask the table once for all layers, where it can tell."""

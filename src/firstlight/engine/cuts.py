@@ -49,11 +49,29 @@ class RowCuts:
 
     def on_kv(self, member: Member, layer: int, k: Tensor, v: Tensor) -> None:
         for policy, context in self._policies(member):
-            self._note(member, policy.on_kv(layer, member.rows(), k, v, context))
+            self._note(member, policy.on_kv(layer, member.rows(), k, v, member.loaded, context))
 
     def after_attend(self, member: Member, layer: int, obs: Obs | None) -> None:
         for policy, context in self._policies(member):
             self._note(member, policy.after_attend(layer, member.rows(), obs, context))
+
+    def leaving(self, member: Member, layer: int) -> Tensor | None:
+        """bool [n]: rows that leave before the MLP, as `early` cuts ask; None if none can.
+
+        A row that is parked, or that another cut keeps waiting for the layer's end, stays.
+        """
+        cuts = self._pending.get(member.live.rid, [])
+        if not any(cut.early for cut in cuts) or any(cut.park for cut in cuts) or layer + 1 == len(member.live.f):
+            return None
+        gone = torch.zeros(len(member.tok), dtype=torch.bool)
+        for cut in cuts:
+            if cut.early:
+                gone |= ~torch.isin(member.tok, cut.keep)
+        gone &= member.tok < member.live.num_prompt - 1
+        if not bool(gone.any()):
+            return None
+        self.taken.append(CutTaken(member.live, layer, member.tok[~gone], 0, int(gone.sum())))
+        return gone
 
     def apply(self, member: Member, layer: int) -> bool:
         """Take the cuts noted in this layer. True if rows left."""

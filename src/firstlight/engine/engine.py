@@ -355,6 +355,8 @@ class Engine:
                 live.stamps.prefilled = prefilled
                 self.admission.publish_prompt(live)
                 self._keep(live)
+                if live.spans is not None and live.kv.is_identity:
+                    live.spans.offer(live.source_context, live.kv)
                 self._enter_after(live.rid)
         sampled = self._sample([live for live in lives if live.rid in live_unit.work.logits], live_unit.work)
         finished = [live for live in lives if live.finish_reason and not live.cancelled]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from firstlight.core.attn import PlanContext
+from firstlight.core.parts import Keep, Merge
 from firstlight.core.schedule import WorkUnit, YieldAt
 from firstlight.engine.batch import Batch, Block, Member
 from firstlight.engine.cuts import CutTaken, RowCuts
@@ -25,6 +27,7 @@ from firstlight.engine.live import LiveRequest
 from firstlight.engine.park import ParkStore
 from firstlight.engine.probes import Probes
 from firstlight.engine.rates import SLICE_S, Rate
+from firstlight.engine.spans import joined
 from firstlight.kernels.contract import AttnCall, AttnRows
 from firstlight.models.decoder import Decoder
 
@@ -64,6 +67,7 @@ class Pass:
         self._members: list[Member] = []
         self._batch: Batch | None = None
         self._governed = any(live.policies for live in self.lives)
+        self._sourced = any(live.spans for live in self.lives)
         self._fine = True
         """Whether to stop inside layers."""
 
@@ -104,6 +108,8 @@ class Pass:
             tok, x = self.machine.park.take(live.rid, layer, waiting[waiting < segment.tok[1]], "waiting")
             return Member(live, segment, tok, tok, x if len(tok) else self.machine.model.embed(tok))
         tok = torch.arange(*segment.tok)
+        if live.spans is not None:
+            tok = tok[~live.spans.spared(tok) | (tok == live.num_prompt - 1)]
         for policy, context in zip(live.policies, live.contexts):
             mask = policy.rows0(tok, context)
             tok = tok if mask is None else tok[mask | (tok == live.num_prompt - 1)]
@@ -143,11 +149,14 @@ class Pass:
     # --- one layer ----------------------------------------------------------------------------------------------------
 
     def _layer(self, layer: int) -> Iterator[Stop]:
+        if self._sourced:
+            self._load(layer)
         aside = self._before(layer) if self._governed else []
         if (batch := self._batch) is None:
             batch = self._batch = Batch(self._members, self.machine.model)
             self._fine = self.unit.yield_at in _INSIDE_LAYERS or self._seconds(batch) > SLICE_S
-        blocks = batch.blocks(self.machine.linear.rows(self.machine.model.layer_flops))
+        rate = self.machine.linear
+        blocks = batch.blocks(rate.rows(self.machine.model.layer_flops))
         q, k, v = yield from self._qkv(layer, batch, blocks)
         for m in batch.governed:
             self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
@@ -159,10 +168,21 @@ class Pass:
             self._row_cuts.after_attend(m, layer, probes.obs(m) if probes else None)
         if self._fine:
             yield Stop("sublayer", layer, "attend")
-        yield from self._finish(layer, blocks, attended)
+        batch, attended = self._early(layer, batch, attended)
+        yield from self._finish(layer, batch.blocks(rate.rows(self.machine.model.layer_flops)), attended)
         self._after(layer, batch, probes, aside)
         if self._fine:
             yield Stop("sublayer", layer, "mlp")
+
+    def _load(self, layer: int) -> None:
+        """What sources have for the layer: cells, and rows that can be revived."""
+        for m in self._members:
+            if m.live.spans is not None and not m.decode:
+                first, end = m.segment.tok
+                m.loaded = m.live.spans.load(self.machine.model, layer, max(first, m.live.held), end)
+                for tok, x in m.live.spans.hidden(layer, first, end):
+                    idle = ~torch.isin(tok, m.tok)
+                    self.machine.park.put(m.live.rid, layer, tok[idle], x[idle], "cut")
 
     def _seconds(self, batch: Batch) -> float:
         """A layer's predicted time."""
@@ -170,6 +190,21 @@ class Pass:
         linear: float = machine.model.layer_flops * batch.n
         attention = 4.0 * c.num_heads * c.head_dim * batch.num_pairs
         return linear / machine.linear.per_second + attention / machine.attention.per_second
+
+    def _early(self, layer: int, batch: Batch, attended: Tensor) -> tuple[Batch, Tensor]:
+        """Rows that need not go through the MLP leave, and what attention gave them."""
+        gone = {i: rows for i, m in enumerate(batch.governed) if (rows := self._row_cuts.leaving(m, layer)) is not None}
+        if not gone:
+            return batch, attended
+        stays = torch.ones(batch.n, dtype=torch.bool)
+        for i, rows in gone.items():
+            stays[batch.governed[i].lo : batch.governed[i].hi] = ~rows
+        for m in batch.members:
+            m.select(stays[m.lo : m.hi])
+        self._batch = fresh = Batch(self._members, self.machine.model)
+        left = fresh.scratch("attended", attended.shape[1:])
+        left[: fresh.n] = attended[: batch.n][stays]
+        return fresh, left
 
     def _before(self, layer: int) -> list[tuple[Member, Tensor, Tensor]]:
         """Row policies as rows enter: revived rows come in, skipping rows are set aside for this layer."""
@@ -215,10 +250,14 @@ class Pass:
         """One member's cells: among others, between others, or copied on write."""
         live = m.live
         new = int((m.tok < live.held).sum()) if live.held else 0
-        tok = m.tok[new:]
+        tok, k, v = m.tok[new:], k[new:], v[new:]
+        if m.loaded is not None:
+            cells = joined(tok, k, v, m.loaded)
+            live.reused += len(cells.tok) - len(tok)
+            tok, k, v = cells.tok, cells.k, cells.v
         if live.policies:
             live.kv.provide((layer, layer + 1), _beyond(live, layer, tok))
-        live.kv.write(layer, tok, m.pos[new:], k[new:], v[new:])
+        live.kv.write(layer, tok, tok if m.loaded is not None else m.pos[new:], k, v)
 
     def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes | None) -> Iterator[Stop]:
         ops, rate = self.machine.ops, self.machine.attention
@@ -311,11 +350,15 @@ class Pass:
     def _retain(self, layer: int, m: Member, obs: Any) -> None:
         live = m.live
         assert live.retention is not None
-        live.retention_context.final = True
+        ctx = live.retention_context
+        ctx.final = True
         tok, length = live.kv.ordinals(layer), live.kv.length[layer].tolist()
-        keep = live.retention.after_layer(layer, tok, length, obs, live.retention_context)
-        if keep is not None:
-            live.kv.keep(layer, keep.idx)
+        ctx.entries = partial(live.kv.entries, layer)
+        match live.retention.after_layer(layer, tok, length, obs, ctx):
+            case Keep(idx):
+                live.kv.keep(layer, idx)
+            case Merge(assign, mode):
+                live.kv.merge(layer, assign, mode)
 
 
 def _beyond(live: LiveRequest, layer: int, tok: Tensor) -> int:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from firstlight.cache.table import RequestKV
 from firstlight.core.attn import Planner
-from firstlight.core.parts import PartContext, Retention, RowPolicy
+from firstlight.core.parts import KVSource, PartContext, Retention, RowPolicy
 from firstlight.core.registry import Part
 from firstlight.core.request import FinishReason, Request
 from firstlight.decode.state import Decoding
+from firstlight.engine.spans import Spans
 from firstlight.kernels.contract import AttnStats
 
 
@@ -44,6 +45,7 @@ class LiveRequest:
         self.policies: list[RowPolicy] = [p.impl for p in parts if p.seam == "tokens"]
         self.planner: Planner | None = next((p.impl for p in parts if p.seam == "attention"), None)
         self.retention: Retention | None = next((p.impl for p in parts if p.seam == "cache"), None)
+        self.source: KVSource | None = next((p.impl for p in parts if p.seam == "reuse"), None)
         self.barriers = tuple(sorted({c for policy in self.policies for c in policy.barriers()}))
         self.miss_reason = ""
         self.kv_end = 0
@@ -59,9 +61,13 @@ class LiveRequest:
         """Prompt rows that never reach each layer."""
         self.computed = 0
         """Prompt cells computed so far."""
+        self.reused = 0
+        """Prompt cells that a source gave and that stayed."""
+        self.spans: Spans | None = None
         self.parked_cells = 0
         self.contexts = [PartContext(self.rid, self.num_prompt, num_layers, ids=self.ids) for _ in self.policies]
         self.retention_context = PartContext(self.rid, self.num_prompt, num_layers, ids=self.ids)
+        self.source_context = PartContext(self.rid, self.num_prompt, num_layers, ids=self.request.prompt_ids)
         self.planner_state: dict[str, Any] = {}
         self.colsum: dict[int, Tensor] = {}
         """Layer -> probe sums so far."""

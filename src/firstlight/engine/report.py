@@ -41,7 +41,7 @@ def report(live: LiveRequest, parts: Sequence[Part]) -> dict[str, Any]:
 
 def _cells(live: LiveRequest, layers: int) -> dict[str, int]:
     """The prompt's cells by state."""
-    total, reused = live.num_prompt * layers, live.n_cached * layers
+    total, reused = live.num_prompt * layers, live.n_cached * layers + live.reused
     absent = max(total - reused - live.computed - live.parked_cells, 0)
     return {
         "computed": live.computed,

@@ -128,6 +128,13 @@ class Decoder:
             tables.append((torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)))
         return torch.stack([cos for cos, _ in tables]), torch.stack([sin for _, sin in tables])
 
+    def turn(self, layer: int, k: Tensor, by: Tensor, again: bool) -> Tensor:
+        """Keys k [n, Hkv, d] rotated by positions i64 [n]; `again`: on top of a rotation, whose gain they have."""
+        table = self._table_of[layer]
+        cos, sin = (t[table] / (self._tables[table][1] if again else 1.0) for t in self.rope(by))
+        turned: Tensor = self.ops.rotate(k.to(self.dtype, copy=True).contiguous(), cos.contiguous(), sin.contiguous())
+        return turned
+
     def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x f32 [n, D]; cos, sin [bases, n, d] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d]."""
         c, table = self.config, self._table_of[layer]
