@@ -16,6 +16,7 @@ from rich.table import Table
 
 from firstlight.cli.breakdown import duration
 from firstlight.cli.inputs import numbers
+from firstlight.cli.load import load
 from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.cli.throughput import throughput
@@ -105,6 +106,7 @@ def decode(
 
 
 app.command()(throughput)
+app.command()(load)
 
 
 @app.command()

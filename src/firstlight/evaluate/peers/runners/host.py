@@ -38,6 +38,8 @@ def main() -> None:
     began = time.perf_counter()
     engine = load(sys.argv[1]).open_engine(job)
     result: dict[str, Any] = {"load_s": time.perf_counter() - began, "version": engine.version, "lengths": {}}
+    if job.get("greeting"):
+        engine.generate(job["greeting"], 1, lambda token: result.update(first_token_s=time.time() - job["started"]))
     run(engine, job, result, answers)
     sys.stderr.flush()
     os._exit(0)  # some engines hang or crash while Python takes them apart; the answer is out

@@ -1,8 +1,9 @@
-"""transformers on PyTorch: prompts in one call, or in chunks over its own cache."""
+"""transformers on PyTorch: prompts in one call, or in chunks over its own cache. It unpacks a GGUF file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -16,8 +17,12 @@ class Engine:
         self._torch, self.version = torch, transformers.__version__
         self._chunk = job["settings"]["chunk"] or job["max_len"]
         torch.set_num_threads(job["threads"])
+        path, packed = Path(job["model"]), {}
+        if path.suffix == ".gguf":
+            unpack = transformers.GgufConfig(dequantize=True)
+            path, packed = path.parent, {"gguf_file": path.name, "quantization_config": unpack}
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            job["model"], dtype=torch.bfloat16, attn_implementation=job["settings"]["attention"]
+            path, dtype=torch.bfloat16, attn_implementation=job["settings"]["attention"], **packed
         )
         self._model = model.eval()
 
