@@ -94,7 +94,7 @@ def _aligned(first: AttnPlan, other: AttnPlan) -> tuple[AttnPlan, AttnPlan]:
 
 
 def _side_by_side(first: AttnPlan, other: AttnPlan, slots: Tensor, lists: Tensor) -> dict[str, Tensor]:
-    """Band and lists: slot s has slot slots[0, s] of one plan, then slot slots[1, s] of the other; some of the lists."""
+    """Band and lists of slots that hold slot slots[0, s] of one plan, then slot slots[1, s] of the other."""
     plans = (first, other)
     rows = [chosen.long()[:, None] * p.num_lists + torch.arange(p.num_lists) for p, chosen in zip(plans, slots)]
     joined = {"band": torch.cat([p.band[r] for p, r in zip(plans, rows)], 1)[:, lists].reshape(-1, 2)}
