@@ -12,15 +12,15 @@ from torch import Tensor
 from firstlight.cache.pool import Pool
 from firstlight.core.registry import Method, Part, make_schedule
 from firstlight.core.request import Request, SamplingParams
-from firstlight.core.schedule import Policy, Timer
+from firstlight.core.schedule import Policy
 from firstlight.core.view import ViewConfig
 from firstlight.engine.admission import Limits
 from firstlight.engine.engine import Engine
 from firstlight.engine.forward import Machine
 from firstlight.engine.park import ParkStore
+from firstlight.evaluate.chaos import Chaos
 from firstlight.models.decoder import Decoder
 from firstlight.reuse.prefix import PrefixCache
-from tests.path.laws import Chaos
 
 Logits = dict[str, dict[int, Tensor]]
 """Request -> ordinal -> logits of that row."""
@@ -68,7 +68,7 @@ def run(made: Watched, asked: list[Asked], chaos: int | None = None) -> Logits:
     """All rows' logits of all requests, with stops and thread counts at random under `chaos`."""
     rng = random.Random(chaos)
     if chaos is not None:
-        made.on_stop = lambda work, stop: made._inbox.append(Timer()) if rng.random() < 0.03 else None
+        made.on_stop = lambda work, stop: made.nudge() if rng.random() < 0.03 else None
     for one in asked:
         made.seen[one.rid] = {}
 

@@ -24,7 +24,6 @@ from firstlight import LLM, SamplingParams
 from firstlight.cli.main import call
 from firstlight.core.errors import UserError
 from firstlight.core.request import Known, Request
-from firstlight.core.schedule import Timer
 from firstlight.engine.engine import Engine
 from firstlight.engine.live import LiveRequest
 from firstlight.kernels.kv_layout import KVLayout
@@ -102,7 +101,7 @@ def test_questions_get_the_bits_of_one_dense_pass(
     known = prefilled(engine, ids)
     if is_loaded:
         known, engine = copied(engine, known, other := tiny_engine(prefix_cache=cache, **settings)), other
-    engine.on_stop = lambda *_: engine._inbox.append(Timer()) if rng.random() < 0.2 else None
+    engine.on_stop = lambda *_: engine.nudge() if rng.random() < 0.2 else None
 
     got = [enter(engine, f"q{i}", ids + more, known=known) for i, more in enumerate(asked)]
     drain(engine)

@@ -13,12 +13,12 @@ import torch
 from firstlight.core.parts import Capability, Keep, Retention
 from firstlight.core.registry import Method, Part, make_schedule
 from firstlight.core.request import Request, SamplingParams
-from firstlight.core.schedule import Event, Preempted, Timer, UnitDone, UnitYielded
+from firstlight.core.schedule import Event, Preempted, UnitDone, UnitYielded
 from firstlight.core.view import View, ViewConfig
 from firstlight.engine import build
 from firstlight.engine.engine import Engine
+from firstlight.evaluate.chaos import Chaos
 from firstlight.simulate.replay import replay
-from tests.path.laws import Chaos
 from tests.tiny import VOCABULARY, tiny_engine
 
 COLUMN = 2 * 2 * 2 * 64 * 16 * 4
@@ -77,7 +77,7 @@ def mix(engine: Engine, seed: int, chaos: bool = False) -> dict[str, str | None]
         if alive and rng.random() < 0.01:
             engine.cancel(rng.choice(alive))
         if chaos and rng.random() < 0.1:
-            engine._inbox.append(Timer())
+            engine.nudge()
 
     engine.on_stop = at_a_stop
     if chaos:

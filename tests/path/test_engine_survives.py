@@ -11,7 +11,7 @@ import pytest
 
 from firstlight.core.registry import Method, make_schedule
 from firstlight.core.request import Request, SamplingParams, TokenOutput
-from firstlight.core.schedule import Event, Plan, Segment, Timer, WorkUnit
+from firstlight.core.schedule import Event, Plan, Segment, WorkUnit
 from firstlight.core.view import View
 from firstlight.engine import engine as engine_module
 from firstlight.engine.engine import Engine
@@ -162,7 +162,7 @@ def yielded_pair() -> Engine:
     engine.policy = Scripted([Plan(admit=("a", "b")), Plan(submit=(unit,)), Plan(yield_=(0,))])
     engine.add(request("a", 50))
     engine.add(request("b", 50))
-    engine.on_stop = lambda *_: engine._inbox.append(Timer()) if not engine._yielded else None
+    engine.on_stop = lambda *_: engine.nudge() if not engine._yielded else None
     while not engine._yielded:
         engine.step()
     return engine

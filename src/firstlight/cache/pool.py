@@ -101,6 +101,12 @@ class Pool:
         assert self.free + self.used + self.cached == self.total, (self.free, self.used, self.cached, self.total)
         assert self.reserved >= 0, self.reserved
 
+    def poison(self) -> None:
+        """Fill all free blocks with nan: whoever reads one gives himself away."""
+        free = torch.from_numpy(self._free[: self._num_free].astype(np.int64))
+        for store in (self.layout.k, self.layout.v):
+            store[free] = torch.nan
+
     def _put_back(self, ids: Ids) -> None:
         self._free[self._num_free : self._num_free + len(ids)] = ids[::-1]
         self._num_free += len(ids)

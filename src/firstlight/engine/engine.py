@@ -117,6 +117,10 @@ class Engine:
             self._enter(rid)
             self._inbox.append(told.Cancel(rid))
 
+    def nudge(self) -> None:
+        """Have the policy decide at the next stop, though nothing happened."""
+        self._inbox.append(told.Timer())
+
     def load(self, held: Ids, num_tokens: int, fill: Callable[[Ids], None]) -> Known:
         """A document's cells from elsewhere, as `Admission.load` says; by the thread of `step`, between steps."""
         known = self.admission.load(held, num_tokens, fill, list(self._lives.values()))
