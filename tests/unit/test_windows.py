@@ -1,4 +1,4 @@
-"""Window layers: what is behind the window is really freed, what is in it is there, and a promise is never broken."""
+"""Rows with a window, of layers or streaming heads: what is behind it is really freed, and promises are kept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from firstlight.kernels.kv_layout import BLOCK
 from firstlight.reuse.prefix import PrefixCache
 
 D, HEADS = 2, 2
-LAYERS = np.array([True, False, True])
+NUM_LAYERS = 3
+LAYERS = np.repeat([[True], [False], [True]], HEADS, axis=1)
+HEADS_OF_LAYERS = np.array([[True, False], [False, False], [False, True]])
 seeds = st.integers(0, 10**6)
 
 
 def some_windows(rng: random.Random) -> Windows:
     margin, every = rng.choice([(0, 0), (rng.randint(0, 130), rng.choice([256, 448, 1024]))])
-    return Windows(rng.choice([1, 2, 63, 64, 65, 128, rng.randint(1, 300)]), LAYERS, margin, every)
+    rows, sink = rng.choice([(LAYERS, 0), (HEADS_OF_LAYERS, 0), (HEADS_OF_LAYERS, rng.choice([1, 48, 64, 200]))])
+    return Windows(rng.choice([1, 2, 63, 64, 65, 128, rng.randint(1, 300)]), rows, margin, every, sink)
 
 
 def write(kv: RequestKV, layer: int, first: int, end: int) -> None:
@@ -37,12 +40,12 @@ def write(kv: RequestKV, layer: int, first: int, end: int) -> None:
         kv.grow(layer, end)
 
 
-def reads(kv: RequestKV, layer: int, first: int) -> bool:
-    """Whether all entries from `first` on are what was written."""
-    view = kv.view(layer)
-    k, v = kv.pool.layout.read_blocks(view.table[1:2])
-    want = torch.arange(first, view.length[1]) + 1 / 8
-    return torch.equal(k[0, first : view.length[1], 0], want) and torch.equal(v[0, first : view.length[1], 0], 2 * want)
+def reads(kv: RequestKV, layer: int, head: int, entries: range) -> bool:
+    """Whether entries of a row are what was written."""
+    k, v = kv.pool.layout.read_blocks(kv.view(layer).table[head : head + 1])
+    want = torch.arange(entries.start, entries.stop) + head / 8
+    part = slice(entries.start, entries.stop)
+    return torch.equal(k[0, part, 0], want) and torch.equal(v[0, part, 0], 2 * want)
 
 
 @settings(max_examples=60)
@@ -50,18 +53,21 @@ def reads(kv: RequestKV, layer: int, first: int) -> bool:
 def test_a_request_never_holds_more_than_it_was_promised(seed: int) -> None:
     rng = random.Random(seed)
     windows, total = some_windows(rng), rng.randint(1, 1500)
-    promised = windows.promise(total + 1, HEADS)
-    assert promised <= HEADS * len(LAYERS) * -(-(total + 1) // BLOCK)
+    chunk = rng.choice([total, 100, 1024])
+    promised = windows.promise(total + 1, chunk)
+    assert promised <= HEADS * NUM_LAYERS * -(-(total + 1) // BLOCK)
     pool = Pool(promised, D, torch.float32)
-    kv = RequestKV(pool, len(LAYERS), HEADS, windows)
+    kv = RequestKV(pool, NUM_LAYERS, HEADS, windows)
     kv.reserve(promised)
     done = 0
     while done < total:
-        end = min(total, done + rng.choice([1, 1, 40, 64, rng.randint(1, 700)]))
-        kv.provide((0, len(LAYERS)), end - done)
-        for layer, is_local in enumerate(LAYERS):
+        end = min(total, done + min(chunk, rng.choice([1, 1, 40, 64, rng.randint(1, 700)])))
+        kv.provide((0, NUM_LAYERS), end - done)
+        for layer, row in enumerate(windows.rows):
             write(kv, layer, done, end)
-            assert reads(kv, layer, max(0, done - windows.size + 1) if is_local else 0)
+            for head, has_window in enumerate(row):
+                assert reads(kv, layer, head, range(max(0, done - windows.size + 1) if has_window else 0, end))
+                assert reads(kv, layer, head, range(min(windows.sink, end)))
             kv.leave_behind(layer, end)
             pool.check()
             assert pool.used + kv.reserved == promised, "what is freed stays promised to the prompt"
@@ -70,9 +76,9 @@ def test_a_request_never_holds_more_than_it_was_promised(seed: int) -> None:
     behind = max(0, total - windows.size - windows.margin + 1) // BLOCK
     local = kv.table[0, 0, :behind]
     assert (local[~windows.stays(np.arange(behind))] == 0).all(), "not freed"
-    assert (kv.table[1] > 0).all() and pool.available == 0
+    assert (kv.table[~windows.rows] > 0).all() and pool.available == 0
     kv.settle()
-    assert kv.reserved == kv.missing((0, len(LAYERS)), 1) <= HEADS * len(LAYERS)
+    assert kv.reserved == kv.missing((0, NUM_LAYERS), 1) <= HEADS * NUM_LAYERS
     kv.release()
     assert pool.free == pool.total and pool.reserved == 0
 
@@ -87,10 +93,10 @@ def test_places_that_keep_their_window_can_all_be_ended_at() -> None:
         for end in ends:
             needed = np.arange(max(0, end - 128 - 100 + 1) // BLOCK, -(-end // BLOCK))
             assert np.isin(needed, held).all(), (done, end)
-    assert Windows.of((None, 100), cached=True).every == 4096
-    assert Windows.of((None, 4096), cached=True).every == 8 * 4096
-    assert Windows.of((None, 100), cached=False).margin == 0
-    assert Windows.of((None, None), cached=True) is None
+    assert Windows.of((None, 100), HEADS, cached=True).every == 4096
+    assert Windows.of((None, 4096), HEADS, cached=True).every == 8 * 4096
+    assert Windows.of((None, 100), HEADS, cached=False).margin == 0
+    assert Windows.of((None, None), HEADS, cached=True) is None
 
 
 class Shelf:

@@ -1,8 +1,9 @@
 """One request's K/V: a block table row for each (layer, KV head), written by ordinal, read as views.
 
 As long as nothing was dropped a row is an identity: entry number = ordinal. A row that skips an ordinal becomes
-explicit: it stores the ordinal and position of each entry, sorted, and its blocks are its own. A row of a window layer
-is an identity whose first blocks are gone: entries are numbered as if they were there, the table says 0.
+explicit: it stores the ordinal and position of each entry, sorted, and its blocks are its own. A row with a window (of
+a window layer, of a streaming head) is an identity of which blocks are gone: entries are numbered as if they were
+there, the table says 0.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class RequestKV:
         self.pool, self.windows = pool, windows
         self.table = np.zeros((num_layers, num_kv_heads, 0), np.int32)
         self.num_blocks = np.zeros((num_layers, num_kv_heads), np.int64)
-        """Blocks up to each row's end, those that are gone from its beginning included."""
+        """Blocks up to each row's end, those that are gone included."""
         self._behind = np.zeros(num_layers, np.int64)
-        """Blocks below this number are behind the layer's window."""
-        self._gone = np.zeros(num_layers, np.int64)
-        """How many of them are gone; the others stay for the prefix cache."""
+        """Blocks below this number are behind the window of the layer's rows that have one."""
+        self._gone = np.zeros((num_layers, num_kv_heads), np.int64)
+        """How many of them are gone; the others stay for the sink, or for the prefix cache."""
         self.length = np.zeros((num_layers, num_kv_heads), np.int64)
         self.reserved = 0
         """Blocks of the pool's reservation that are this request's."""
@@ -52,8 +53,7 @@ class RequestKV:
 
     @property
     def nbytes(self) -> int:
-        gone = int(self._gone.sum()) * self.table.shape[1]
-        return (int(self.num_blocks.sum()) - gone) * self.pool.block_nbytes
+        return int((self.num_blocks - self._gone).sum()) * self.pool.block_nbytes
 
     @property
     def is_identity(self) -> bool:
@@ -71,26 +71,27 @@ class RequestKV:
     def provide(self, layers: tuple[int, int], more: int) -> None:
         """Take the blocks that rows of these layers lack for `more` entries: whole columns while all are alike.
 
-        Window layers take theirs when they are written, one after the other, unless it is the next token's only.
+        Rows with a window take theirs when they are written, a layer after the other, unless it is the next token's.
         """
         lack = self._lack(layers, more)
         if self.windows is not None and more > 1:
-            lack[self.windows.layers[layers[0] : layers[1]]] = 0
+            lack[self.windows.rows[layers[0] : layers[1]]] = 0
         self._fill(layers, lack)
 
     def leave_behind(self, layer: int, done: int) -> None:
-        """Free the blocks of a window layer that rows from ordinal `done` on can't read; they stay promised."""
+        """Free blocks behind a layer's windows, which rows from ordinal `done` on can't read; they stay promised."""
         if self.windows is None or not self.windows.layers[layer]:
             return
         first, old = self.windows.first(done), int(self._behind[layer])
         if first <= old:
             return
         blocks = np.arange(old, first)
-        blocks = blocks[~self.windows.stays(blocks)]
-        freed = self.pool.release(self.table[layer][:, blocks].ravel())
-        self.table[layer][:, blocks] = 0
+        blocks, heads = blocks[~self.windows.stays(blocks)], np.flatnonzero(self.windows.rows[layer])
+        places = np.ix_(heads, blocks)
+        freed = self.pool.release(self.table[layer][places].ravel())
+        self.table[layer][places] = 0
         self._behind[layer] = first
-        self._gone[layer] += len(blocks)
+        self._gone[layer, heads] += len(blocks)
         self.reserve(self.reserved + freed)
 
     def settle(self) -> None:
@@ -124,7 +125,8 @@ class RequestKV:
         assert self.table.shape[2] == 0, "only an empty table adopts"
         if columns:
             self.table = np.stack(columns, axis=2)
-            self._behind[:] = self._gone[:] = (self.table[:, 0] == 0).sum(-1)
+            self._gone[:] = (self.table == 0).sum(-1)
+            self._behind[:] = self._gone.max(-1)
             self.num_blocks[:] = len(columns)
             self.length[:] = num_tokens
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
@@ -153,13 +155,14 @@ class RequestKV:
         self.table = self.table[:, :, :0]
         self.num_blocks[:] = 0
         self.length[:] = 0
-        self._behind[:] = self._gone[:] = 0
+        self._behind[:] = 0
+        self._gone[:] = 0
         self._explicit.clear()
 
     # --- cells ----------------------------------------------------------------------------------------------------
 
     def write(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending); a window layer takes its blocks now."""
+        """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending); rows with a window take their blocks now."""
         if len(tok) == 0:
             return
         first, last, length = int(tok[0]), int(tok[-1]), int(self.length[layer, 0])
@@ -177,8 +180,8 @@ class RequestKV:
     def slots(self, layers: tuple[int, int], tok: Tensor) -> Sequence[Tensor] | None:
         """Where ordinals tok i64 [n] go in each of these layers, i64 [n, Hkv] each; `grow` says that they are there.
 
-        None if the rows aren't identities that these ordinals continue or overwrite, or if window layers will take
-        blocks for them; `write` then sorts it out.
+        None if the rows aren't identities that these ordinals continue or overwrite, or if those with a window will
+        take blocks for them; `write` then sorts it out.
         """
         lo, hi = layers
         first, last = int(tok[0]), int(tok[-1])

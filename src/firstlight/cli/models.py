@@ -120,9 +120,9 @@ def _inventory() -> dict[str, Any]:
 
 def _kv_bytes(config: ModelConfig, tokens: int) -> int:
     """Bytes of the blocks that one request of so many tokens holds at most; window layers free those behind theirs."""
-    windows = Windows.of(config.windows, cached=True)
+    windows = Windows.of(config.windows, config.num_kv_heads, cached=True)
     dense = -(-tokens // BLOCK) * config.num_layers * config.num_kv_heads
-    blocks = windows.promise(tokens, config.num_kv_heads) if windows else dense
+    blocks = windows.promise(tokens, tokens) if windows else dense
     return blocks * BLOCK * config.kv_bytes_per_token(2) // (config.num_layers * config.num_kv_heads)
 
 

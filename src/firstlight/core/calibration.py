@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,9 @@ FORMAT = 1
 
 KEY = "calibration"
 KEY_DOC = "file that `firstlight calibrate` wrote; default: the cache's, else the one that ships for the model, if any"
+
+Reader = Callable[[Path], Mapping[str, Any] | None]
+"""A file that isn't ours -> its values; None if it can't be read so."""
 
 _T = TypeVar("_T")
 
@@ -58,9 +61,14 @@ def default_path(method: str, model: str) -> Path:
     return cache_dir() / model / method
 
 
-def find(method: str, model: str, file: str | None) -> Calibration | None:
-    """The calibration to use; None if there is none. UserError on a named file that isn't there, or on a wrong one."""
+def find(method: str, model: str, file: str | None, published: Reader | None = None) -> Calibration | None:
+    """The calibration to use; None if there is none. UserError on a named file that isn't there, or on a wrong one.
+
+    `published` is asked first about a named file: a method may know how others write what it needs.
+    """
     usual = default_path(method, model)
+    if file is not None and published is not None and (values := published(Path(file))) is not None:
+        return Calibration(method, model, {}, {}, values, file)
     if file is not None or usual.is_file():
         path = usual if file is None else Path(file)
         return _checked(_read(path), method, model)

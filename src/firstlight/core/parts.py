@@ -160,6 +160,18 @@ class Cells:
     v: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """KV heads of which rows read the first and the last tokens only, whatever the prompt."""
+
+    heads: Sequence[Sequence[bool]]
+    """[layers][Hkv]."""
+    sink: int
+    """First tokens."""
+    recent: int
+    """Last tokens, the row's own included."""
+
+
 @dataclass(slots=True)
 class PartContext:
     """Read-only facts of a request, and the part's own scratch."""
@@ -233,6 +245,13 @@ class Retention(Bound):
     scope: Literal["prompt", "chunk", "step"] = "prompt"
 
     def probe(self, layer: int) -> Probe | None:
+        return None
+
+    def streams(self) -> Streams | None:
+        """KV heads whose middle tokens no row reads: they are freed while the prompt runs, without being moved.
+
+        Asked once, after `bind`: what a request may hold at most follows from it. The planner must keep to it.
+        """
         return None
 
     def after_layer(

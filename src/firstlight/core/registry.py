@@ -130,12 +130,12 @@ def _parts(method: Method, model: ModelFacts | None) -> list[Part]:
     if is_calibrated(found):
         known.add(calibrations.KEY)
         if model is not None:
-            calibration = calibrations.find(method.name, model.digest, method.settings.get(calibrations.KEY))
+            file = method.settings.get(calibrations.KEY)
+            published = next((r for cls in found.values() if (r := getattr(cls, "read_published", None))), None)
+            calibration = calibrations.find(method.name, model.digest, file, published)
     configs = {seam: configure(cls, method, known) for seam, cls in found.items()}
-    return [
-        Part(method.name, seam, cls(configs[seam]), configs[seam], cls.capability, calibration)
-        for seam, cls in found.items()
-    ]
+    made = {seam: cls(configs[seam]) for seam, cls in found.items()}
+    return [Part(method.name, seam, impl, configs[seam], impl.capability, calibration) for seam, impl in made.items()]
 
 
 def make_schedule(method: Method, view_config: Any) -> Any:

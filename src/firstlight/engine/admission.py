@@ -48,11 +48,9 @@ class Admission:
         self.pool, self.config, self.limits, self.parts, self.cache = pool, config, limits, list(parts), cache
         self._last_rows = max((p.capability.last_rows for p in parts), default=0)
         self._publishes = all(p.capability.prefix_stable for p in parts)
-        # Parts that cut, revive or keep cells choose among all of them: for these nothing goes behind a window.
-        keeps_all = any(p.seam in ("tokens", "cache") for p in parts)
-        self.windows = None if keeps_all else Windows.of(limits.windows, cached=cache is not None and self._publishes)
-        local = 0 if self.windows is None else int(self.windows.layers.sum())
-        self._lasting = config.blocks_per_column // config.num_layers * (config.num_layers - local)
+        self.windows = self._windows()
+        self._chunk = _chunk(parts)
+        self._lasting = config.blocks_per_column - (0 if self.windows is None else int(self.windows.rows.sum()))
         """Blocks of a column that a request holds until it ends."""
         self.pins = Pins(pool)
         self.root = b""
@@ -60,6 +58,20 @@ class Admission:
         if cache is not None:
             pool.reclaim = cache.evict
             self.root = cache.root(limits.model_digest, str(pool.layout.dtype), recipe(parts))
+
+    def _windows(self) -> Windows | None:
+        """Table rows that are freed behind a window: of the model's local layers, or of a method's streaming heads.
+
+        Parts that cut, revive or keep cells choose among all of them: for these nothing goes.
+        """
+        retentions = [p.impl for p in self.parts if p.seam == "cache"]
+        if any(p.seam == "tokens" for p in self.parts):
+            return None
+        if retentions:
+            streams = retentions[0].streams()
+            return None if streams is None else Windows.streaming(streams)
+        heads = self.config.blocks_per_column // self.config.num_layers
+        return Windows.of(self.limits.windows, heads, cached=self.cache is not None and self._publishes)
 
     def open(self, request: Request) -> LiveRequest:
         """A request's state. Raises UserError if its length alone forbids it."""
@@ -96,22 +108,24 @@ class Admission:
             need_blocks=self.need(live),
             max_tokens=request.sampling.max_tokens,
             whole_prompt=any(c.whole_prompt for c in capabilities),
-            chunk=min((c.chunk for c in capabilities if c.chunk is not None), default=None),
+            chunk=self._chunk,
             barriers=live.barriers,
             priority=request.priority,
             tenant=request.tenant,
             ttft_slo_s=request.ttft_slo_s,
         )
 
-    def blocks(self, tokens: int) -> int:
+    def blocks(self, tokens: int, num_prompt: int) -> int:
         """Blocks that a request of so many tokens holds at most: whole columns, less what goes behind windows."""
         if self.windows is not None:
-            return self.windows.promise(tokens, self.config.blocks_per_column // self.config.num_layers)
+            # Generated tokens are computed again in one pass after a preemption, whatever the chunk.
+            passing = num_prompt if self._chunk is None else min(self._chunk, num_prompt)
+            return self.windows.promise(tokens, max(passing, tokens - num_prompt))
         return int(blocks_for(tokens)) * self.config.blocks_per_column
 
     def need(self, live: LiveRequest) -> int:
         """Blocks that a request takes when it starts: its tokens, one more, without what it shares of a document."""
-        return self.blocks(live.num_known + 1) - self._shared(live, self._document(live))
+        return self.blocks(live.num_known + 1, live.num_prompt) - self._shared(live, self._document(live))
 
     def _shared(self, live: LiveRequest, hit: Hit) -> int:
         """Blocks of a hit that stay shared. A retention rewrites what it keeps; what goes behind a window goes."""
@@ -122,7 +136,7 @@ class Admission:
         block = self.config.block_size
         columns = range(1, self.limits.max_model_len // block + 2)
         room = self._left() + self._shared(live, self._document(live))
-        fitting = bisect_right(columns, room, key=lambda n: self.blocks(n * block))
+        fitting = bisect_right(columns, room, key=lambda n: self.blocks(n * block, live.num_prompt))
         return min(self.limits.max_model_len, fitting * block)
 
     def _left(self) -> int:
@@ -209,7 +223,7 @@ class Admission:
         pinned = [column.ravel() for column in (*whole, source) if column is not None]
         for column in pinned:
             self.pool.hold(column)
-        need = self.blocks(live.num_known + 1) - self._shared(live, hit)
+        need = self.blocks(live.num_known + 1, live.num_prompt) - self._shared(live, hit)
         if need > self.pool.available:
             for column in pinned:
                 self.pool.release(column)
@@ -263,3 +277,11 @@ class Admission:
     def _publish(self, live: LiveRequest, tokens: int) -> None:
         if self.cache is not None and self._publishes and not live.barriers and live.kv.is_identity:
             self.cache.publish(self.root, live.ids[:tokens], live.kv.column)
+
+
+def _chunk(parts: Sequence[Part]) -> int | None:
+    """The longest pass that the parts let a prompt have; None = all of it."""
+    capabilities = [p.capability for p in parts]
+    if any(c.whole_prompt for c in capabilities):
+        return None
+    return min((c.chunk for c in capabilities if c.chunk is not None), default=None)

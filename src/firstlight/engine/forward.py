@@ -338,8 +338,9 @@ class Pass:
                 self._batch = None
             if m.live.retention is not None and m.final and not m.decode:
                 self._retain(layer, m, probes.obs(m) if probes else None)
-        for m in batch.members if self.machine.model.windows[layer] else ():
-            m.live.kv.leave_behind(layer, m.segment.tok[1])
+        for m in batch.members:
+            if m.live.kv.windows is not None:
+                m.live.kv.leave_behind(layer, m.segment.tok[1])
         for m, tok, x in aside:
             m.insert(tok, x)
             self._batch = None

@@ -1,0 +1,169 @@
+"""`duoattention` from prompt to token: any chunk gives the same bits, memory is freed while the prompt runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from firstlight import LLM, SamplingParams
+from firstlight.core.request import Request
+from firstlight.engine import build
+from firstlight.engine.engine import Engine
+from firstlight.engine.live import LiveRequest
+from firstlight.engine.report import report
+from firstlight.train.trunk import Trunk
+from tests.path.test_engine_mixes import COLUMN, Counted, mix
+from tests.tiny import VOCABULARY, tiny_config, tiny_engine, tiny_weights
+
+SINK, RECENT = 48, 70
+STREAMS = [[False, True], [True, True], [False, False]]
+"""Which KV heads of the three layers stream at a ratio of a half."""
+IDS = [i * i % VOCABULARY for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("gates") / "full_attention_heads.tsv"
+    path.write_text("\n".join("\t".join(str(float(not streams)) for streams in row) for row in STREAMS))
+    return str(path)
+
+
+def engine(gates: str, settings: str = "", chunk: int = 1024, **options: object) -> Engine:
+    method = f'duoattention:calibration="{gates}",sink={SINK},recent={RECENT}{settings}'
+    made = tiny_engine(num_layers=3, **({"method": [method], "deterministic": True} | options))
+    made.admission._chunk = chunk
+    return made
+
+
+def ask(made: Engine, ids: list[int] = IDS, new: int = 40) -> tuple[LiveRequest, Tensor]:
+    """All rows' logits [T + new - 1, vocabulary]."""
+    rows = torch.full((len(ids) + new - 1, VOCABULARY), torch.nan)
+    sampling = SamplingParams(max_tokens=new, ignore_eos=True)
+    sample = made._sample
+
+    def watched(lives, work):  # type: ignore[no-untyped-def]
+        for live in lives:
+            rows[live.num_known - 1] = work.logits[live.rid]
+        return sample(lives, work)
+
+    made._sample = watched  # type: ignore[method-assign]
+    live = made.add(Request("r", ids, sampling, logits_at="all", logits_sink=rows.__setitem__))
+    while made.has_work:
+        made.step()
+        made.pool.check()
+    assert made.pool.used == 0 and made.pool.reserved == 0
+    return live, rows
+
+
+def by_hand(sees: Callable[[int, int], Tensor], ids: list[int]) -> Tensor:
+    """Logits of a plain forward pass in which head h of layer l reads `sees(l, h)` bool [N, N]."""
+    config, weights = tiny_config(3), tiny_weights(num_layers=3)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.stack([sees(layer, head // 3) for head in range(6)])
+        return scaled_dot_product_attention(q, k, v, mask[None], enable_gqa=True)
+
+    return Trunk(config, weights).hidden(torch.tensor(ids), attend) @ weights["model.embed_tokens.weight"].T
+
+
+@pytest.mark.parametrize("mode", ["strict", "reference"])
+def test_logits_are_those_of_a_plain_pass_with_the_cards_masks(gates: str, mode: str) -> None:
+    chunk = 150
+    live, got = ask(engine(gates, f",mode={mode}", chunk))
+    ids = live.ids[:-1]
+    row, key = torch.arange(len(ids))[:, None], torch.arange(len(ids))
+    near = (key < SINK) | (row - key < RECENT)
+    if mode == "reference":
+        begin = torch.where(row < len(IDS), row // chunk * chunk, row)
+        near = near | ((row < len(IDS)) & (key >= begin - RECENT))
+    want = by_hand(lambda layer, head: (key <= row) & (near | (not STREAMS[layer][head])), ids)
+    assert (got - want).abs().max() < 2e-3
+    dense = by_hand(lambda layer, head: key <= row, ids)
+    assert (got - dense).abs().max() > 0.1, "the mask is real"
+
+
+def test_every_chunk_gives_the_same_bits(gates: str) -> None:
+    whole = ask(engine(gates))[1]
+    for chunk in (1, 17, 256, len(IDS) - 1):
+        assert torch.equal(ask(engine(gates, chunk=chunk))[1], whole)
+
+
+@pytest.mark.parametrize("settings", [",streaming_ratio=0", ",recent=400"])
+def test_identity_settings_are_dense(gates: str, settings: str) -> None:
+    method = f'duoattention:calibration="{gates}"{settings}'
+    assert torch.equal(ask(engine(gates, method=[method]))[1], ask(engine(gates, method=[]))[1])
+
+
+def test_a_first_chunk_in_reference_mode_is_dense(gates: str) -> None:
+    """As published: only the cache is pruned, which the answer shows."""
+    got, dense = ask(engine(gates, ",mode=reference"))[1], ask(engine(gates, method=[]))[1]
+    assert (got[: len(IDS)] - dense[: len(IDS)]).abs().max() < 1e-3
+    assert (got[len(IDS)] - dense[len(IDS)]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("length", [1, 20, 48, 100, 117, 118, 119, 200])
+def test_short_prompts_count_no_key_twice(gates: str, length: int) -> None:
+    """Shorter than the sink, between sink and sink + recent, and just beyond, with answers that go on from there."""
+    live, got = ask(engine(gates), IDS[:length], 90)
+    row, key = torch.arange(length + 89)[:, None], torch.arange(length + 89)
+    near = (key < SINK) | (row - key < RECENT)
+    want = by_hand(lambda layer, head: (key <= row) & (near | (not STREAMS[layer][head])), live.ids[:-1])
+    assert (got - want).abs().max() < 2e-3
+
+
+def test_pruned_blocks_change_no_bit(gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned, got = ask(engine(gates, chunk=100))
+    whole = build.make_parts
+    monkeypatch.setattr(build, "make_parts", lambda *given: [p for p in whole(*given) if p.seam == "attention"])
+    full, want = ask(engine(gates, chunk=100))
+    assert torch.equal(got, want)
+    columns = -(-(len(IDS) + 39) // 64)
+    block = COLUMN // 4
+    assert full.kv_end == 6 * columns * block
+    assert pruned.kv_end == (3 * columns + 3 * (1 + 2)) * block, "of a streaming head the sink and two blocks stay"
+
+
+def test_memory_is_free_while_the_prompt_runs(gates: str) -> None:
+    """A pool that could not hold the dense cells runs it, and says what it held."""
+    ids = [i * 7 % VOCABULARY for i in range(4000)]
+    dense = 6 * 63 * COLUMN // 4
+    made = engine(gates, kv_memory=str(int(0.75 * dense)))
+    kv = report(ask(made, ids, 3)[0], [])["kv"]
+    # Half of the heads keep all; of the widest layer two heads have a chunk of 1,024 beside what stays.
+    assert kv["bytes_peak"] <= (3 * 63 + 3 * 4 + 2 * 16) * COLUMN // 4 < 0.63 * dense
+    assert kv["bytes_end"] <= (3 * 63 + 3 * 3) * COLUMN // 4
+
+
+@pytest.mark.parametrize("settings", ["", ",mode=reference", ",streaming_ratio=1"])
+def test_random_mixes_with_cancels_leave_nothing(gates: str, settings: str) -> None:
+    """In a pool that preempts: answers are computed again, in one pass, and nothing takes more than it was promised."""
+    counted = Counted()
+    for columns in (4, 12):
+        made = engine(gates, settings, 16, kv_memory=str(columns * COLUMN * 3 // 2), schedule="sarathi:token_budget=16")
+        counted.watch(made)
+        for seed in range(15):
+            counted.ends += mix(made, seed).values()
+    assert counted.ends.count("length") > 20 and (counted.num_preempted or settings)
+
+
+@functools.cache
+def _passkey_prompt() -> str:
+    text = resources.files("firstlight").joinpath("evaluate", "texts", "moby-dick-chapter-87.txt").read_text("utf-8")
+    words = text.split()[:900]
+    words.insert(300, "\nThe passkey to the vault is 41873. Remember it.\n")
+    return " ".join(words) + "\n\nThe passkey to the vault is"
+
+
+def test_a_passkey_in_the_middle_is_lost_when_all_heads_stream(smollm2_path: Path, gates: str) -> None:
+    def answer(*method: str) -> str:
+        with LLM(str(smollm2_path), method=list(method), max_model_len=2048) as llm:
+            return llm.generate(_passkey_prompt(), SamplingParams(max_tokens=8))[0].text
+
+    assert "41873" in answer() and "41873" not in answer("duoattention:streaming_ratio=1")
