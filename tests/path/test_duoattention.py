@@ -163,8 +163,11 @@ def _passkey_prompt() -> str:
 
 def test_a_passkey_in_the_middle_is_lost_when_all_heads_stream(smollm2_path: Path, tmp_path: Path) -> None:
     (tmp_path / "any.tsv").write_text("0\t0\t0\n" * 30)
+
     def answer(*method: str) -> str:
         with LLM(str(smollm2_path), method=list(method), max_model_len=2048) as llm:
             return llm.generate(_passkey_prompt(), SamplingParams(max_tokens=8))[0].text
 
-    assert "41873" in answer() and "41873" not in answer(f"duoattention:calibration={tmp_path / 'any.tsv'},streaming_ratio=1")
+    assert "41873" in answer() and "41873" not in answer(
+        f"duoattention:calibration={tmp_path / 'any.tsv'},streaming_ratio=1"
+    )
