@@ -17,8 +17,8 @@ from firstlight.core.schedule import Event, Preempted, UnitDone, UnitYielded
 from firstlight.core.view import View, ViewConfig
 from firstlight.engine import build
 from firstlight.engine.engine import Engine
+from firstlight.engine.replay import replay
 from firstlight.evaluate.chaos import Chaos
-from firstlight.simulate.replay import replay
 from tests.tiny import VOCABULARY, tiny_engine
 
 COLUMN = 2 * 2 * 2 * 64 * 16 * 4

@@ -16,9 +16,9 @@ from firstlight.core.view import View
 from firstlight.engine import engine as engine_module
 from firstlight.engine.engine import Engine
 from firstlight.engine.live import LiveRequest
+from firstlight.engine.replay import replay
 from firstlight.engine.report import report
 from firstlight.reuse.prefix import Hit
-from firstlight.simulate.replay import replay
 from tests.tiny import VOCABULARY, tiny_engine
 
 COLUMN = 2 * 2 * 2 * 64 * 16 * 4

@@ -109,3 +109,10 @@ def test_a_wrong_value_is_the_users_error(package: None, model: Path) -> None:
         answer(model, "dilated:window=0")
     with pytest.raises(UserError, match="thinning has no setting 'rate'; it has: layer, step, tail"):
         answer(model, "thinning:rate=2")
+
+
+def test_they_keep_the_contract(package: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["methods", "check", "dilated"]) == 0
+    assert call(["methods", "check", "thinning", "dilated", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.partition("[")[2].join(["[", ""]))
+    assert {one["check"] for one in found if one["holds"]} >= {"any schedule gives the same", "alone as in any batch"}

@@ -20,9 +20,9 @@ from firstlight.core.errors import UserError
 from firstlight.core.schedule import Account, Admitted, Arrival, Event, Plan, UnitDone, event_from_json
 from firstlight.core.view import ViewConfig, _Fold
 from firstlight.engine.eventlog import EventLog, canonical, read_log
+from firstlight.engine.replay import Replay, replay
 from firstlight.schedule.sarathi import Sarathi, SarathiConfig
 from firstlight.simulate.executor import SimRequest, run
-from firstlight.simulate.replay import Replay, replay
 
 
 def write(mix: Mix, path: Path, policy=None) -> None:

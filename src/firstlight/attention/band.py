@@ -8,6 +8,7 @@ chunked: the control that every method which does look must beat at the same den
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,8 @@ class Band:
     name = "band"
     seam = "attention"
     Config = BandConfig
+    identity: ClassVar = {"window": 1 << 20}
+    trial: ClassVar = {"sink": 4, "window": 40}
     capability = Capability(exact=False, prefix_stable=True, chunk_invariant=True)
 
     def __init__(self, config: BandConfig) -> None:

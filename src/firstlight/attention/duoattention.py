@@ -8,6 +8,8 @@ on where it begins, and a first chunk is dense. Generated tokens are read alike 
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -29,24 +31,38 @@ class DuoAttention(Bound):
     name = "duoattention"
     seam = "attention"
     Config = StreamingConfig
+    identity: ClassVar = {"streaming_ratio": 0.0}
+    trial: ClassVar = {"sink": 4, "recent": 24}
     read_published = staticmethod(read_table)
 
     def __init__(self, config: StreamingConfig) -> None:
         self.config = config
         strict = config.mode == "strict"
         self.capability = Capability(
-            exact=False, prefix_stable=strict, chunk_invariant=strict, chunk=1024, calibration=True
+            exact=False, prefix_stable=strict, chunk_invariant=strict, chunk=1024, some_heads=True, calibration=True
         )
         self._maps: list[Tensor | None] = []
         """Of each layer the list of each query head, i16 [Hq]; None = no head streams."""
 
-    capability = Capability(exact=False, chunk=1024, calibration=True)
+    capability = Capability(exact=False, chunk=1024, some_heads=True, calibration=True)
 
     def bind(self, model: ModelFacts, calibration: Calibration | None) -> None:
         group = model.num_heads // model.num_kv_heads
         heads = streaming_heads(self.config, model, calibration)
         rows = torch.tensor(heads).repeat_interleave(group, 1).to(torch.int16) * _STREAM
         self._maps = [row if any(of_layer) else None for row, of_layer in zip(rows, heads)]
+
+    @staticmethod
+    def sample(model: ModelFacts) -> dict[str, Any]:
+        """Gates for a check on a model that has none."""
+        return {
+            "gates": [[(7 * i + 3 * h) % 5 / 4 for h in range(model.num_kv_heads)] for i in range(model.num_layers)]
+        }
+
+    def heads(self, layer: int) -> Tensor | None:
+        """bool [Hq]: the streaming heads."""
+        heads = self._maps[layer]
+        return None if heads is None else heads == _STREAM
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """Bands for streaming heads; None (dense) where none streams, or where sink and window hold the whole prompt.

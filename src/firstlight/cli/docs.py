@@ -15,6 +15,7 @@ import firstlight
 from firstlight.cli import methods
 from firstlight.cli.main import VERBS, load
 from firstlight.cli.options import panel_of
+from firstlight.core import registry
 from firstlight.core.config import Options
 
 PATH_OF_A_PROMPT = [
@@ -161,7 +162,26 @@ def methods_page() -> str:
         "A method is off unless a flag switches it on. `exact` means: the logits of one dense pass. Settings are given "
         "as\n`--method NAME:key=value,key=value`. Other packages can add methods: see CONTRIBUTING.md.\n"
     )
-    return f"{_NOTICE}# Methods and schedules\n\n{lead}{''.join(_method(m) for m in _own_methods())}"
+    found = _own_methods()
+    pairs = _matrix([m["name"] for m in found if m["flag"].startswith("--method")])
+    return f"{_NOTICE}# Methods and schedules\n\n{lead}{pairs}{''.join(_method(m) for m in found)}"
+
+
+def _matrix(names: list[str]) -> str:
+    """Which methods work together, and the reasons of those that don't."""
+    reasons: list[str] = []
+
+    def cell(one: str, other: str) -> str:
+        if one == other or (why := registry.conflict(one, other)) is None:
+            return "" if one == other else "yes"
+        if why not in reasons:
+            reasons.append(why)
+        return f"no ({reasons.index(why) + 1})"
+
+    head = f"| | {' | '.join(names)} |\n|{' --- |' * (len(names) + 1)}\n"
+    rows = "".join(f"| {one} | {' | '.join(cell(one, other) for other in names)} |\n" for one in names)
+    notes = "".join(f"{number}. {why}\n" for number, why in enumerate(reasons, 1))
+    return f"\n## Together\n\nEvery method works under every schedule.\n\n{head}{rows}\n{notes}"
 
 
 def _own_methods() -> list[dict[str, Any]]:

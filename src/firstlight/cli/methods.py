@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import typing
 from typing import Annotated, Any
 
@@ -58,6 +59,50 @@ def show(
     typer.echo(f"{method['flag']}: {method['about']}")
     for part in method["parts"]:
         _print_part(part)
+
+
+@app.command()
+def check(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help="A method, or several that work together; or a schedule. Settings as in `--method`.",
+            autocompletion=complete_with(lambda: _names()),
+        ),
+    ],
+    as_json: _Json = False,
+) -> None:
+    """Run what every method owes the engine on a small model with random weights: for methods of other packages too.
+
+    firstlight methods check band
+    """
+    from firstlight.evaluate.contract import Broken, Subject, checks, run, schedule_checks
+
+    given = [registry.Method.parse(name) for name in names]
+    schedules = [method for method in given if method.name in registry.names(schedules=True)]
+    methods = tuple(method for method in given if method not in schedules)
+    registry.make_parts(methods)
+    subject = Subject(methods, *schedules[:1])
+    logging.getLogger("firstlight.engine").setLevel(logging.ERROR)  # what the checks break on purpose is no news
+    found: list[dict[str, Any]] = []
+    for name, one in (schedule_checks() if schedules else checks()).items():
+        try:
+            why = run(one, subject)
+            found.append({"check": name, "holds": None if why else True, "why": why or ""})
+        except Broken as broken:
+            found.append({"check": name, "holds": False, "why": str(broken)})
+        if not as_json:
+            typer.echo(_told(found[-1]))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    if any(one["holds"] is False for one in found):
+        raise typer.Exit(1)
+
+
+def _told(found: dict[str, Any]) -> str:
+    mark = {True: "holds", None: "  -  ", False: "FAILS"}[found["holds"]]
+    return f"{mark}  {found['check']}{': ' * bool(found['why'])}{found['why']}"
 
 
 def everything() -> list[dict[str, Any]]:

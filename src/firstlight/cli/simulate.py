@@ -10,7 +10,7 @@ import typer
 from firstlight.core.registry import Method, make_schedule
 from firstlight.core.schedule import Policy
 from firstlight.core.view import ViewConfig
-from firstlight.simulate.replay import replay as run_replay
+from firstlight.engine.replay import replay as run_replay
 
 
 def simulate(

@@ -40,6 +40,8 @@ class Capability:
     """A segment length that every policy honours, for a lone request too."""
     digests: tuple[str, ...] = ()
     """Per-block summaries that the cache must write."""
+    some_heads: bool = False
+    """A planner that decides only the query heads that its `heads(layer)` tells, bool [Hq] or None for none."""
     calibration: bool = False
     """Reads a calibration file: its settings have the key `calibration`, `bind` is given what is in it."""
 

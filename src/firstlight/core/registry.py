@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import re
 import typing
@@ -162,10 +163,31 @@ def recipe_text(parts: Sequence[Part]) -> str:
     return " ".join(f"{name}:{','.join(f'{k}={v}' for k, v in given.items())}" for name, given in altering) or "exact"
 
 
+def conflict(one: str, other: str) -> str | None:
+    """Why two methods can't work together, for people; None = they can. Their capabilities decide."""
+    parts = [_parts(Method(name), None) for name in (one, other)]
+    return next((why for a, b in itertools.product(*parts) if (why := _clash(a, b))), None)
+
+
+_BOTH = {
+    "prompt": "both choose the prompt's tokens",
+    "reuse": "both say which K/V are known already",
+    "tokens": "both decide which rows go on, and what one lets go the other may want back",
+    "attention": "both decide which keys a head reads",
+    "cache": "both decide which K/V stay",
+}
+
+
+def _clash(a: Part, b: Part) -> str | None:
+    """Two parts of one seam clash, but for planners of which one leaves heads to the other."""
+    if a.seam != b.seam or a.capability.some_heads != b.capability.some_heads:
+        return None
+    return _BOTH[a.seam]
+
+
 def _refuse_collisions(parts: Sequence[Part]) -> None:
-    """One planner and one retention a request; row policies of different methods would cut the same rows."""
-    owner: dict[str, str] = {}
-    for part in parts:
-        other = owner.setdefault(part.seam, part.method)
-        if other != part.method:
-            raise UserError(f"{other} and {part.method} both decide {part.seam}/ cells; give one of the two")
+    for a, b in itertools.combinations(parts, 2):
+        if a.method == b.method and a.seam == b.seam:
+            raise UserError(f"{a.method} is given twice; give it once, with all its settings")
+        if a.method != b.method and (why := _clash(a, b)):
+            raise UserError(f"{a.method} and {b.method} can't work together: {why}; give one of the two")

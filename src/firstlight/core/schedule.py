@@ -119,11 +119,12 @@ class Cancelled(Account):
 class Preempted(Account):
     """The request stopped running: `recompute` lost its KV and starts again, `park` keeps all of it.
 
-    `need_blocks` is what its return takes: after a recompute the blocks of all known tokens and one more, else 0.
+    `restart_dense` is never planned: a method failed, and the request starts again without any. `need_blocks` is what
+    its return takes: after a loss of its KV the blocks of all known tokens and one more, else 0.
     """
 
     rid: str
-    how: PreemptHow
+    how: PreemptHow | Literal["restart_dense"]
     need_blocks: int = 0
 
 

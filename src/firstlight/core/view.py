@@ -213,9 +213,11 @@ class _Fold:
     def _preempted(self, event: Preempted) -> None:
         self._leave_units(event.rid)
         changes: dict[str, Any] = {"state": "parked", "need_blocks": event.need_blocks}
-        if event.how == "recompute":
+        if event.how != "park":
             none_done = (0,) * self.base.config.num_layers
             changes |= {"state": "preempted", "f": none_done, "n_cached": 0, "grow": 0, "cut_layer": -1, "kept": ()}
+        if event.how == "restart_dense":
+            changes |= {"barriers": (), "chunk": None, "whole_prompt": False}
         self._update(event.rid, **changes)
 
     def _leave_units(self, rid: str) -> None:

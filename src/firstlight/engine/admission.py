@@ -82,9 +82,12 @@ class Admission:
             raise UserError(
                 f"the prompt has {tokens} tokens, the limit is {limit - 1}; shorten it or raise max_model_len"
             )
+        return LiveRequest(request, self.table(self.windows), self.config.num_layers, self.parts, self.limits.seed)
+
+    def table(self, windows: Windows | None = None) -> RequestKV:
+        """A request's empty table."""
         layers = self.config.num_layers
-        kv = RequestKV(self.pool, layers, self.config.blocks_per_column // layers, self.windows)
-        return LiveRequest(request, kv, layers, self.parts, self.limits.seed)
+        return RequestKV(self.pool, layers, self.config.blocks_per_column // layers, windows)
 
     def check_room(self, live: LiveRequest) -> None:
         """Raises UserError if a request could not run even alone beside the documents.
@@ -96,6 +99,10 @@ class Admission:
             have, lack = (format_bytes(n * self.pool.block_nbytes) for n in (left, need))
             beside = " beside the documents" if self.pins.num_blocks else ""
             raise UserError(f"the prompt's KV needs {lack}, the pool has {have}{beside}; give more with --kv-memory")
+
+    def has_room(self, live: LiveRequest) -> bool:
+        """Whether a request could run alone."""
+        return self.need(live) <= self._left()
 
     def arrival(self, live: LiveRequest) -> Arrival:
         """What the policy is told of a new request."""
@@ -115,17 +122,17 @@ class Admission:
             ttft_slo_s=request.ttft_slo_s,
         )
 
-    def blocks(self, tokens: int, num_prompt: int) -> int:
+    def blocks(self, live: LiveRequest, tokens: int) -> int:
         """Blocks that a request of so many tokens holds at most: whole columns, less what goes behind windows."""
-        if self.windows is not None:
+        if (windows := live.kv.windows) is not None:
             # Generated tokens are computed again in one pass after a preemption, whatever the chunk.
-            passing = num_prompt if self._chunk is None else min(self._chunk, num_prompt)
-            return self.windows.promise(tokens, max(passing, tokens - num_prompt))
+            passing = live.num_prompt if self._chunk is None else min(self._chunk, live.num_prompt)
+            return windows.promise(tokens, max(passing, tokens - live.num_prompt))
         return int(blocks_for(tokens)) * self.config.blocks_per_column
 
     def need(self, live: LiveRequest) -> int:
         """Blocks that a request takes when it starts: its tokens, one more, without what it shares of a document."""
-        return self.blocks(live.num_known + 1, live.num_prompt) - self._shared(live, self._document(live))
+        return self.blocks(live, live.num_known + 1) - self._shared(live, self._document(live))
 
     def _shared(self, live: LiveRequest, hit: Hit) -> int:
         """Blocks of a hit that stay shared. A retention rewrites what it keeps; what goes behind a window goes."""
@@ -136,7 +143,7 @@ class Admission:
         block = self.config.block_size
         columns = range(1, self.limits.max_model_len // block + 2)
         room = self._left() + self._shared(live, self._document(live))
-        fitting = bisect_right(columns, room, key=lambda n: self.blocks(n * block, live.num_prompt))
+        fitting = bisect_right(columns, room, key=lambda n: self.blocks(live, n * block))
         return min(self.limits.max_model_len, fitting * block)
 
     def _left(self) -> int:
@@ -223,7 +230,7 @@ class Admission:
         pinned = [column.ravel() for column in (*whole, source) if column is not None]
         for column in pinned:
             self.pool.hold(column)
-        need = self.blocks(live.num_known + 1, live.num_prompt) - self._shared(live, hit)
+        need = self.blocks(live, live.num_known + 1) - self._shared(live, hit)
         if need > self.pool.available:
             for column in pinned:
                 self.pool.release(column)
@@ -257,8 +264,8 @@ class Admission:
         """What the prefix cache holds of a prompt's first `limit` tokens (None: of all), and why not more."""
         if self.cache is None:
             return Hit(reason="the prefix cache is off")
-        if not self._publishes or live.barriers:
-            return Hit(reason="a method in use makes cells that depend on later tokens")
+        if not self._publishes or live.barriers or live.fallback:
+            return Hit(reason=live.fallback or "a method in use makes cells that depend on later tokens")
         window = None if self.windows is None else self.windows.size
         return self.cache.match(self.root, live.request.prompt_ids, self._fresh_rows(live), window, limit)
 
@@ -275,7 +282,8 @@ class Admission:
         self._publish(live, live.num_prompt if self.limits.deterministic else live.f[-1])
 
     def _publish(self, live: LiveRequest, tokens: int) -> None:
-        if self.cache is not None and self._publishes and not live.barriers and live.kv.is_identity:
+        serves = self._publishes and not live.barriers and not live.fallback  # a fallback's cells are of no recipe here
+        if self.cache is not None and serves and live.kv.is_identity:
             self.cache.publish(self.root, live.ids[:tokens], live.kv.column)
 
 

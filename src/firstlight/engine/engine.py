@@ -11,11 +11,12 @@ The loop decides nothing about order: whatever runs was in a plan, whatever a po
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,8 +33,11 @@ from firstlight.engine.admission import Admission, Limits
 from firstlight.engine.cuts import CutTaken
 from firstlight.engine.eventlog import EventLog
 from firstlight.engine.forward import Machine, Pass, Stop
+from firstlight.engine.guard import PartFailed
 from firstlight.engine.live import LiveRequest
 from firstlight.reuse.prefix import PrefixCache
+
+log = logging.getLogger(__name__)
 
 _LEVELS = ("slice", "op", "sublayer", "layer")
 
@@ -68,6 +72,8 @@ class Engine:
         self.view = View.start(config)
         self.on_stop: Callable[[Pass, Stop], None] | None = None
         """Called at every stop of a pass: progress."""
+        self.num_fallbacks = 0
+        """Requests that went on dense because a method raised."""
         self.overhead_s = 0.0
         """Time spent deciding, not computing."""
         self._origin = time.perf_counter()
@@ -221,7 +227,12 @@ class Engine:
 
     def _admit(self, live: LiveRequest) -> None:
         """A parked request comes back as it was; another one is admitted, or the policy is told that it wasn't."""
-        if max(live.f) > 0 or self.admission.admit(live):
+        try:
+            admitted = max(live.f) > 0 or self.admission.admit(live)
+        except PartFailed as failure:
+            self._restart(live, failure)
+            return
+        if admitted:
             self._inbox.append(told.Admitted(rid=live.rid, n_cached=live.n_cached, **self._account()))
             return
         need = self.admission.need(live)
@@ -307,6 +318,8 @@ class Engine:
                 self._done(live_unit)
             else:
                 self._wait(live_unit, waits_at)
+        except PartFailed as failure:
+            self._fall_back(live_unit, failure)
         except BaseException:
             self._fail(live_unit)
             raise
@@ -326,6 +339,34 @@ class Engine:
             if live_unit.stop_wanted and _may_stop(live_unit.unit, stop):
                 return stop
         return None
+
+    def _fall_back(self, live_unit: LiveUnit, failure: PartFailed) -> None:
+        """A part raised inside a pass: its request starts again dense, the pass's others start again as they were."""
+        live_unit.stops.close()
+        for live in live_unit.work.lives:
+            if live.rid in self._lives and not live.cancelled:
+                self._restart(live, failure)
+        self._inbox.append(told.UnitDone(uid=live_unit.unit.uid, dur=self._now() - live_unit.began, **self._account()))
+        for live in live_unit.work.lives:
+            if live.cancelled and live.rid in self._lives:
+                self._gone(live)
+
+    def _restart(self, live: LiveRequest, failure: PartFailed) -> None:
+        """From the beginning: dense if the part failed for this request; the policy is told."""
+        live.kv.release()
+        self.machine.park.drop(live.rid)
+        how: Literal["recompute", "restart_dense"] = "recompute"
+        if live.rid == failure.rid:
+            log.warning("%s; the request goes on without any method", failure)
+            self.num_fallbacks += 1
+            how = "restart_dense"
+            live.fall_back(str(failure), self.admission.table())
+            if not self.admission.has_room(live):
+                live.cancelled, live.finish_reason = True, "error"
+        else:
+            live.restart()
+        need = self.admission.need(live)
+        self._inbox.append(told.Preempted(rid=live.rid, how=how, need_blocks=need, **self._account()))
 
     def _fail(self, live_unit: LiveUnit) -> None:
         """Something was raised inside a pass (Ctrl-C too): its requests end, the others can go on."""

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from firstlight.attention.joined import joined
 from firstlight.cache.table import RequestKV
 from firstlight.core.attn import Planner
 from firstlight.core.parts import KVSource, PartContext, Retention, RowPolicy
 from firstlight.core.registry import Part
 from firstlight.core.request import FinishReason, Request
 from firstlight.decode.state import Decoding
+from firstlight.engine.guard import Guarded
 from firstlight.engine.spans import Spans
 from firstlight.kernels.contract import AttnStats
 
@@ -42,15 +44,25 @@ class LiveRequest:
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
         self.stamps = Stamps()
-        self.policies: list[RowPolicy] = [p.impl for p in parts if p.seam == "tokens"]
-        self.planner: Planner | None = next((p.impl for p in parts if p.seam == "attention"), None)
-        self.retention: Retention | None = next((p.impl for p in parts if p.seam == "cache"), None)
-        self.source: KVSource | None = next((p.impl for p in parts if p.seam == "reuse"), None)
-        self.barriers = tuple(sorted({c for policy in self.policies for c in policy.barriers()}))
+        self.fallback = ""
+        """Why it is computed without the methods that were asked for; empty: it isn't."""
+        self.dense_from = 0
+        """How many tokens a method had chosen by then."""
+        self._use(parts)
         self.miss_reason = ""
         self.kv_end = 0
         self.num_preempted = 0
         self._start(num_layers)
+
+    def _use(self, parts: Sequence[Part]) -> None:
+        def of(seam: str) -> list[Any]:
+            return [Guarded(self.rid, part) for part in parts if part.seam == seam]
+
+        self.policies: list[RowPolicy] = of("tokens")
+        self.planner: Planner | None = joined(of("attention"))
+        self.retention: Retention | None = next(iter(of("cache")), None)
+        self.source: KVSource | None = next(iter(of("reuse")), None)
+        self.barriers = tuple(sorted({c for policy in self.policies for c in policy.barriers()}))
 
     def _start(self, num_layers: int) -> None:
         self.f = [0] * num_layers
@@ -77,6 +89,12 @@ class LiveRequest:
         """Forget everything that a recompute makes anew; generated tokens are kept."""
         self.num_preempted += 1
         self._start(len(self.f))
+
+    def fall_back(self, reason: str, kv: RequestKV) -> None:
+        """Go on dense, from the beginning, in a table that keeps everything."""
+        self.fallback, self.kv, self.dense_from = reason, kv, self.num_generated
+        self._use(())
+        self.restart()
 
     @property
     def num_known(self) -> int:

@@ -16,7 +16,7 @@ def report(live: LiveRequest, parts: Sequence[Part]) -> dict[str, Any]:
     generated = live.num_generated
     decode_s = stamps.finished - stamps.first_token
     return {
-        "exact": not any(not part.capability.exact for part in parts),
+        "exact": all(part.capability.exact for part in parts) or (live.fallback != "" and live.dense_from == 0),
         "prompt_tokens": live.num_prompt,
         "cached_tokens": live.n_cached,
         "completion_tokens": generated,
@@ -33,7 +33,7 @@ def report(live: LiveRequest, parts: Sequence[Part]) -> dict[str, Any]:
         "cells": _cells(live, layers),
         "attention": {"density": live.stats.visible / live.stats.dense if live.stats.dense else 1.0},
         "kv": {"bytes_peak": live.kv.peak_nbytes, "bytes_end": live.kv_end},
-        "methods": [{"name": p.method, "seam": p.seam, "used": True, "why": ""} for p in parts],
+        "methods": [{"name": p.method, "seam": p.seam, "used": not live.fallback, "why": live.fallback} for p in parts],
         "cache_miss_reason": live.miss_reason,
         "num_preempted": live.num_preempted,
     }

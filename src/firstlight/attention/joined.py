@@ -1,0 +1,37 @@
+"""Several planners as one: those that decide some heads first, one that may decide all others (README-attention).
+
+A planner whose capability says `some_heads` tells by `heads(layer)` which query heads are its own. DuoAttention's
+streaming heads read a band while its retrieval heads are left to a sparse planner (arXiv 2410.10819, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from firstlight.attention.transforms import by_head
+from firstlight.core.attn import AttnPlan, PlanContext, Planner
+
+
+@dataclass
+class ByHead:
+    """`scoped` decides its own heads, `rest` the others. Each has a scratch of its own."""
+
+    scoped: Any
+    rest: Planner
+
+    def plan(self, ctx: PlanContext) -> AttnPlan | None:
+        heads = self.scoped.heads(ctx.layer)
+        own, other = (replace(ctx, state=ctx.state.setdefault(name, {})) for name in ("scoped", "rest"))
+        plan = self.rest.plan(other)
+        return plan if heads is None else by_head(heads, self.scoped.plan(own), plan)
+
+
+def joined(planners: Sequence[Any]) -> Planner | None:
+    """One planner for a request; None for dense."""
+    scoped = [p for p in planners if p.capability.some_heads]
+    chosen: Planner | None = next((p for p in planners if not p.capability.some_heads), None)
+    for planner in scoped:
+        chosen = planner if chosen is None else ByHead(planner, chosen)
+    return chosen

@@ -1,0 +1,145 @@
+"""Every method, and every pair of methods that may work together, keeps the contract; pairs that may not say why."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from firstlight.core import registry
+from firstlight.core.errors import UserError
+from firstlight.core.parts import Capability, Cut, Keep, Obs, PartContext, RequestRows, Retention, RowPolicy
+from firstlight.core.registry import Method
+from firstlight.evaluate.contract import Broken, Subject, checks, run, schedule_checks
+
+NAMES = registry.names()
+SCHEDULES = registry.names(schedules=True)
+PAIRS = list(itertools.combinations(NAMES, 2))
+ALLOWED = [pair for pair in PAIRS if registry.conflict(*pair) is None]
+CHECKS, FEW = checks(), ("any schedule gives the same", "nothing is left behind", "blocks given back aren't read")
+OF_PAIRS = CHECKS if os.environ.get("HYPOTHESIS_PROFILE") == "long" else FEW
+"""What a pair is checked for each time; the rest with `make test-all`."""
+
+
+def subject(*names: str, schedule: str = "sarathi") -> Subject:
+    settings = {"token_budget": 64} if schedule == "sarathi" else {}
+    return Subject(tuple(Method(name) for name in names), Method(schedule, **settings))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_keeps_the_contract(name: str, check: str) -> None:
+    run(CHECKS[check], subject(name))
+
+
+@pytest.mark.parametrize("check", OF_PAIRS)
+@pytest.mark.parametrize("pair", ALLOWED, ids="+".join)
+def test_a_pair_keeps_the_contract(pair: tuple[str, str], check: str) -> None:
+    run(CHECKS[check], subject(*pair))
+
+
+@pytest.mark.parametrize("check", schedule_checks())
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["dense", *NAMES])
+def test_every_schedule_serves_every_method(name: str, schedule: str, check: str) -> None:
+    run(schedule_checks()[check], subject(*([] if name == "dense" else [name]), schedule=schedule))
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in ALLOWED], ids="+".join)
+def test_a_refused_pair_names_both_and_says_why(pair: tuple[str, str]) -> None:
+    with pytest.raises(UserError) as refused:
+        registry.make_parts([Method(name) for name in pair])
+    assert all(name in str(refused.value) for name in pair) and "; " in str(refused.value)
+    assert str(registry.conflict(*pair)) in str(refused.value)
+
+
+def test_a_method_is_given_once() -> None:
+    with pytest.raises(UserError, match="band is given twice"):
+        registry.make_parts([Method("band"), Method("band", sink=4)])
+
+
+# --- the checks find what they are for --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    pass
+
+
+class Part:
+    Config: ClassVar = NoSettings
+    identity: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: NoSettings) -> None:
+        pass
+
+
+class ByChunk(Part, RowPolicy):
+    """Cuts by what is in the chunk, and says that chunks don't matter."""
+
+    capability = Capability(exact=False, prefix_stable=False)
+
+    def after_attend(self, layer: int, rows: RequestRows, obs: Obs | None, ctx: PartContext) -> Cut | None:
+        return None if layer != 1 or ctx.decode else Cut(keep=rows.tok[len(rows.tok) // 2 :])
+
+
+class ByNeighbour(Part, RowPolicy):
+    """Remembers who came last."""
+
+    capability = Capability(exact=False, prefix_stable=False)
+    last = 0
+
+    def after_attend(self, layer: int, rows: RequestRows, obs: Obs | None, ctx: PartContext) -> Cut | None:
+        if layer != 1 or ctx.decode:
+            return None
+        mine, self.last = self.last, ctx.prompt_len
+        return Cut(keep=rows.tok[rows.tok % 2 == mine % 2])
+
+
+class Impatient(Part, RowPolicy):
+    """Can't do with short prompts."""
+
+    capability = Capability(exact=False, prefix_stable=False)
+
+    def after_attend(self, layer: int, rows: RequestRows, obs: Obs | None, ctx: PartContext) -> Cut | None:
+        return None if ctx.decode or ctx.prompt_len > 8 else Cut(keep=rows.tok[[100]])
+
+
+class Forgetful(Part, Retention):
+    """Drops the prompt's cells though what it calls identity is dense."""
+
+    capability = Capability(exact=False, alters_cells=False)
+
+    def after_layer(
+        self, layer: int, tok: Tensor, length: Sequence[int], obs: Obs | None, ctx: PartContext
+    ) -> Keep | None:
+        return Keep([torch.arange(n // 2, n) for n in length])
+
+
+@pytest.mark.parametrize(
+    ("part", "seam", "check", "said"),
+    [
+        (ByChunk, "tokens", "any schedule gives the same", "differs from one shot"),
+        (ByNeighbour, "tokens", "alone as in any batch", "differs from alone"),
+        (Impatient, "tokens", "prompts of awkward lengths", "fell back to dense"),
+        (Forgetful, "cache", "identity settings are dense", "differs from dense"),
+    ],
+)
+def test_a_method_that_breaks_its_word_is_found(
+    part: type[Part], seam: str, check: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = SimpleNamespace(load=lambda: part)
+    known = registry._entries()
+    monkeypatch.setattr(registry, "_entries", lambda: known | {"planted": {seam: entry}})
+    with pytest.raises(Broken, match=said):
+        run(CHECKS[check], subject("planted"))
+    holding = [name for name in CHECKS if name in ("nothing is left behind", "blocks given back aren't read")]
+    for name in holding if part is not Impatient else []:
+        run(CHECKS[name], subject("planted"))
