@@ -68,7 +68,6 @@ class LLM:
         checkpoint = open_checkpoint(path)
         self.model_name, self.config = str(model), checkpoint.config
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
-        self.encoder = Encoder(self.tokenizer, self.model_name)
         weights = load_weights(
             checkpoint,
             DTYPES[self.options.precision],
@@ -77,6 +76,7 @@ class LLM:
         self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest)
         self.engine.on_stop = self._on_stop
         self.answers = Answers(self.engine, self.tokenizer, self.model_name, asdict(self.options))
+        self.encoder = Encoder(self.tokenizer, self.model_name, marks=self.answers.editing.is_on)
         self._model = Model(self.model_name, self.engine, self.encoder, self.answers)
         self.load_s = self.answers.load_s = time.perf_counter() - began
 
@@ -88,8 +88,11 @@ class LLM:
         priority: int = 0,
         ttft_slo_s: float | None = None,
     ) -> list[Completion]:
-        """Complete texts or token ids, all in one batch; in the order of the prompts, a prompt's `n` together."""
-        many: Any = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
+        """Complete texts or token ids, all in one batch; in the order of the prompts, a prompt's `n` together.
+
+        A text may come in parts, like a message's content: `prompt/spans.py` says what that means to a compressor.
+        """
+        many: Any = [prompts] if _is_one(prompts) else prompts
         work = _pairs([partial(self.encoder.prompt, prompt) for prompt in many], params)
         return self.answers.complete(work, priority=priority, ttft_slo_s=ttft_slo_s)
 
@@ -103,7 +106,10 @@ class LLM:
         priority: int = 0,
         ttft_slo_s: float | None = None,
     ) -> list[Completion]:
-        """Answer one conversation ({"role", "content"} messages) or several; see `encode_chat`."""
+        """Answer one conversation ({"role", "content"} messages) or several; see `encode_chat`.
+
+        A content is a text, or a list of parts of type text: documents first, the question last.
+        """
         many: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         work = _pairs([partial(self.encoder.chat, each, tools, template_kwargs) for each in many], params)
         return self.answers.complete(work, priority=priority, ttft_slo_s=ttft_slo_s)
@@ -146,11 +152,11 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as `generate` makes them."""
-        return self.encoder.text(text)
+        return list(self.encoder.text(text).ids)
 
     def encode_chat(self, messages: Messages, tools: Tools | None = None, template_kwargs: Names = None) -> list[int]:
         """Token ids of a conversation, up to where the model answers. Raises UserError without a chat template."""
-        return self.encoder.chat(messages, tools, template_kwargs)
+        return list(self.encoder.chat(messages, tools, template_kwargs).ids)
 
     def close(self) -> None:
         """End every answer, free the KV, end the event log. Nothing can be asked any more."""
@@ -172,8 +178,11 @@ class LLM:
                 self._progress(Progress("prefill", t0 + (t1 - t0) * done, live.num_prompt, live.rid))
 
 
-def _is_ids(prompts: Any) -> bool:
-    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
+def _is_one(prompts: Any) -> bool:
+    """A text, ids, or the parts of a text: not several of them."""
+    return isinstance(prompts, str) or (
+        isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int | dict)
+    )
 
 
 def _pairs(

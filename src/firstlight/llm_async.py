@@ -41,6 +41,11 @@ class _Stream:
     is_read: bool = False
     is_gone: bool = False
 
+    def check(self) -> None:
+        """Raises UserError, on the thread that prepares the prompt, if the task that asked is gone."""
+        if self.is_gone:
+            raise UserError("the task that asked was cancelled before its prompt was ready")
+
     def give(self, chunk: StreamChunk | None) -> None:
         """From any thread. If the loop has ended, so has the reader."""
         with contextlib.suppress(RuntimeError):
@@ -124,7 +129,7 @@ class AsyncLLM:
 
     def _enter(self, stream: _Stream, encode: Encode, params: SamplingParams, terms: dict[str, Any]) -> str:
         """On a thread: tokenise and queue. Meanwhile the task may leave, or the engine end: neither may be missed."""
-        stream.rids = self.llm.answers.add(encode, params, give=stream.give, **terms)
+        stream.rids = self.llm.answers.add(encode, params, give=stream.give, check=stream.check, **terms)
         self._streams[stream.rids[0]] = stream
         if stream.is_gone:
             self._leave(stream)

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.core.registry import recipe, recipe_text
 from firstlight.core.request import Completion, Known, SamplingParams
 from firstlight.engine.answers import Answers, Encode, StreamChunk
@@ -33,9 +34,9 @@ class Model:
         if system is not None and not is_chat:
             raise UserError("a system message has no place in a raw document; leave one of the two out")
         self.engine.admission.check_documents()
-        encode = partial(self.encoder.document, str(text), system, template_kwargs)
+        chat = partial(self.encoder.document, str(text), system, template_kwargs)
         kept: list[Known | None] = []
-        work = [(encode if is_chat else partial(self.encoder.prompt, text), SamplingParams(max_tokens=1))]
+        work = [(chat if is_chat else partial(self.encoder.raw_document, text), SamplingParams(max_tokens=1))]
         (done,) = self.answers.complete(work, priority=priority, keep=kept.append)
         if not kept:
             raise UserError("the prefill was interrupted; start it again")
@@ -143,8 +144,8 @@ class Document:
             raise UserError("this document was closed; prefill or load it again")
         return self._known
 
-    def _encode(self, question: Prompt, names: Names) -> list[int]:
+    def _encode(self, question: Prompt, names: Names) -> PromptIds:
         after = self._model.encoder.question(question, names, is_chat=self._is_chat)
         if not after:
             raise UserError("the question is empty; give a text")
-        return [*self.token_ids, *after]
+        return PromptIds([*self.token_ids, *after])

@@ -126,7 +126,7 @@ def test_a_cancelled_reader_aborts(model: AsyncLLM) -> None:
 
 def test_a_task_cancelled_while_it_adds_leaves_no_request(model: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     began, go = threading.Event(), threading.Event()
-    encode = model.llm.encoder.text
+    encode = model.llm.encode
 
     def slow(text: str) -> list[int]:
         began.set()

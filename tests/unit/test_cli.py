@@ -267,19 +267,19 @@ def test_documents_go_before_the_prompt_in_their_order(
     for number, text in enumerate(texts):
         (folder / str(number)).write_bytes(text.encode())
     names = [str(folder / str(number)) for number in range(len(texts))]
-    assert inputs.gather("why?", names) == "\n\n".join([*texts, "why?"])
+    assert inputs.gather("why?", names) == [*filter(None, ["\n\n".join(texts)]), "why?"]
 
 
 def test_stdin_is_the_prompt_or_one_more_document(stdin: Callable[[bytes], None]) -> None:
     stdin(b"from a pipe\n")
-    assert inputs.gather(None, []) == "from a pipe"
-    assert inputs.gather("why?", []) == "from a pipe\n\nwhy?"
-    assert inputs.gather("why?", ["-"]) == "from a pipe\n\nwhy?"
+    assert inputs.gather(None, []) == ["from a pipe"]
+    assert inputs.gather("why?", []) == ["from a pipe", "why?"]
+    assert inputs.gather("why?", ["-"]) == ["from a pipe", "why?"]
 
 
 def test_an_empty_pipe_is_no_prompt(stdin: Callable[[bytes], None]) -> None:
     stdin(b"")
-    assert inputs.gather("why?", []) == "why?"
+    assert inputs.gather("why?", []) == ["why?"]
     with pytest.raises(UserError, match="the prompt is empty"):
         inputs.gather(None, [])
 

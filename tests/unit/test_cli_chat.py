@@ -19,6 +19,7 @@ from firstlight.cli.main import call
 from firstlight.cli.progress import Bars
 from firstlight.core.errors import UserError
 from firstlight.core.request import Completion, SamplingParams
+from firstlight.prompt.spans import flat
 from tests.terminal import Terminal
 from tests.unit.test_cli import REPORT
 
@@ -36,7 +37,8 @@ class Parrot:
         self.heard: list[list[dict[str, str]]] = []
         self.num_open = 0
 
-    def stream(self, messages: list[dict[str, str]], params: SamplingParams) -> Iterator[Any]:
+    def stream(self, given: list[dict[str, Any]], params: SamplingParams) -> Iterator[Any]:
+        messages = flat(given)
         self.heard.append(messages)
         self.num_open += 1
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.evaluate import needle
 from firstlight.evaluate.asking import Asked
 from firstlight.evaluate.scores import retrieval
@@ -90,7 +91,7 @@ def test_a_model_without_a_chat_template_continues_a_text(
 def answering(tokenizer: Tokenizer, says: Callable[[needle.Sample], tuple[str, str]]) -> Callable[..., Any]:
     """In the place of the engine: a model that says these two answers, and byte 0 for the end."""
 
-    def ask(engine: Any, ids: Sequence[int], choose: Any, num_tokens: int) -> Asked:
+    def ask(engine: Any, prompt: PromptIds, choose: Any, num_tokens: int) -> Asked:
         first, second = ([*tokenizer.encode(text), 0] for text in says(engine.sample))
         ignored = [1] * (len(engine.sample.follow_up) - 1)  # while the question is put, nobody listens to it
         said = [*first, *ignored, *second, *[1] * num_tokens]
@@ -118,13 +119,13 @@ def test_planted_answers_get_the_scores_they_deserve(
     records = []
     for index in range(12):
         made = needle.sample(tokenizer, "niah_single_1", 2000, index, 0)
-        made = needle.Sample(made.ids, made.follow_up, frozenset({0}), made.values, made.depth, made.num_answer)
+        made = needle.Sample(made.prompt, made.follow_up, frozenset({0}), made.values, made.depth, made.num_answer)
         records.append(needle.measure(SimpleNamespace(sample=made), tokenizer, made))  # type: ignore[arg-type]
     assert tuple(row["score"] for row in retrieval(records, None)) == scores
 
 
 def test_an_answer_without_an_end_is_cut_and_the_second_question_comes_anyway() -> None:
-    sample = needle.Sample([1], [7, 8, 9], frozenset({0}), ("a", "b"), 0.5, 4)
+    sample = needle.Sample(PromptIds([1]), [7, 8, 9], frozenset({0}), ("a", "b"), 0.5, 4)
     talk = needle.Conversation(sample)
     logits = torch.zeros(16)
     logits[5] = 1.0

@@ -11,6 +11,7 @@ from firstlight.core.config import format_bytes
 STATIONS = {
     "load_s": "weights to memory",
     "tokenize_s": "text to tokens",
+    "edit_s": "shortening the prompt",
     "queue_s": "waiting for a turn",
     "reuse_s": "looking for known cells",
     "prefill_s": "computing cells",
@@ -25,7 +26,9 @@ def breakdown(report: dict[str, Any]) -> Table:
     table.add_column(justify="right")
     table.add_column(style="dim")
     for key, what in STATIONS.items():
-        seconds = report["timings"][key]
+        seconds = report["timings"].get(key, 0.0)
+        if key == "edit_s" and not seconds:
+            continue
         note = f"{what}, before the clock starts" if key == "load_s" else f"{what}{_prefill_note(report, key)}"
         table.add_row(key.removesuffix("_s"), duration(seconds), note)
     table.add_row("[bold]first token", f"[bold]{duration(report['ttft_s'])}", summary(report))
@@ -43,9 +46,16 @@ def summary(report: dict[str, Any]) -> str:
 
 def approximations(report: dict[str, Any]) -> str:
     """What made a run approximate: its precision, its methods, and why one was not used."""
-    shown = {m["name"]: m["name"] if m["used"] else f"{m['name']} (not used: {m['why']})" for m in report["methods"]}
+    shown = {m["name"]: f"{m['name']}{_did(m)}" for m in report["methods"]}
     low = ["int8 linears"] if report["settings"]["precision"] == "int8" else []
     return ", ".join([*low, *shown.values()]) + f"; {report['attention']['density']:.0%} of dense attention"
+
+
+def _did(method: dict[str, Any]) -> str:
+    """What is worth saying of a method besides its name."""
+    if not method["used"]:
+        return f" (not used: {method['why']})"
+    return f" (kept {method['kept']:,} of {method['origin']:,} tokens)" if "origin" in method else ""
 
 
 def duration(seconds: float | None) -> str:

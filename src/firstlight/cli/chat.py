@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from firstlight.cli.breakdown import duration
-from firstlight.cli.inputs import as_messages, read_document
+from firstlight.cli.inputs import as_messages, as_prompt, joined, read_document
 from firstlight.cli.progress import Bars
 from firstlight.cli.run import conclude, print_stream
 from firstlight.core.config import Options, format_bytes
@@ -119,7 +119,7 @@ class Chat:
             self._answer(line)
 
     def _answer(self, text: str) -> None:
-        messages = [*self._messages, *as_messages("\n\n".join([*self._documents, text]), None)]
+        messages = [*self._messages, *as_messages(as_prompt([t for t in (joined(self._documents), text) if t]), None)]
         said: list[str] = []
         report: dict[str, Any] | None = None
         try:

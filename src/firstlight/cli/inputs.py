@@ -8,10 +8,12 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from firstlight.core.errors import UserError
+from firstlight.prompt.spans import as_parts
 
 STDIN = "-"
 _SILENCE_S = 1.0
@@ -37,20 +39,30 @@ def read_stdin() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def gather(prompt: str | None, documents: Sequence[str]) -> str:
-    """Documents, then the prompt. Text that is piped in is the prompt, or a document if `prompt` is given.
+def gather(prompt: str | None, documents: Sequence[str]) -> list[str]:
+    """What there is to read, if anything, and last what is asked: one text each, two at most.
 
+    Text that is piped in is the prompt, or a document if `prompt` is given. Documents without a prompt are one text.
     Raises UserError if that leaves nothing to answer.
     """
-    texts = [read_document(name) for name in documents]
+    texts, asked = [read_document(name) for name in documents], prompt
     if STDIN not in documents and not _is_terminal() and (prompt is None or _is_piped()):
-        texts.append(_decode(read_stdin(), "standard input"))
-    if prompt is not None:
-        texts.append(prompt)
-    text = "\n\n".join(text.strip("\n") for text in texts if text.strip("\n"))
-    if not text.strip():
+        piped = _decode(read_stdin(), "standard input")
+        asked, texts = (piped, texts) if prompt is None else (prompt, [*texts, piped])
+    found = [text for text in (joined(texts), (asked or "").strip("\n")) if text]
+    if not joined(found).strip():
         raise UserError("the prompt is empty; give -p TEXT, -f FILE or text on standard input")
-    return text
+    return found
+
+
+def joined(texts: Sequence[str]) -> str:
+    """Texts with a blank line between them; empty ones are left out."""
+    return "\n\n".join(text.strip("\n") for text in texts if text.strip("\n"))
+
+
+def as_prompt(texts: Sequence[str]) -> Any:
+    """One text as it is, several as its parts: what is read before what is asked."""
+    return texts[0] if len(texts) == 1 else as_parts(*texts)
 
 
 def wants_chat(prompt: str | None, documents: Sequence[str]) -> bool:
@@ -58,10 +70,10 @@ def wants_chat(prompt: str | None, documents: Sequence[str]) -> bool:
     return prompt is None and STDIN not in documents and sys.stdin is not None and sys.stdin.isatty()
 
 
-def as_messages(text: str, system: str | None) -> list[dict[str, str]]:
-    """A chat of one user message, after a system message if there is one."""
+def as_messages(prompt: Any, system: str | None) -> list[dict[str, Any]]:
+    """A chat of one user message, a text or its parts, after a system message if there is one."""
     lead = [{"role": "system", "content": system}] if system is not None else []
-    return [*lead, {"role": "user", "content": text}]
+    return [*lead, {"role": "user", "content": prompt}]
 
 
 def numbers(text: str, what: str) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from firstlight.cli.breakdown import duration
-from firstlight.cli.inputs import gather
+from firstlight.cli.inputs import gather, joined
 from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options, format_bytes
@@ -40,7 +40,7 @@ def prefill(
     """
     from firstlight import LLM  # here, because it brings torch
 
-    text = gather(None, document)
+    text = joined(gather(None, document))
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
     with contextlib.ExitStack() as cleanup:
         bars = cleanup.enter_context(Bars())

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from firstlight.cli.breakdown import approximations, breakdown
-from firstlight.cli.inputs import as_messages, gather, wants_chat
+from firstlight.cli.inputs import as_messages, as_prompt, gather, joined, wants_chat
 from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
@@ -61,8 +61,9 @@ def run(
         raise UserError(f"{flag} was settled when the document was prefilled; leave it out")
     if raw and system is not None:
         raise UserError("--system has no place in a --raw prompt; leave one of the two out")
-    text = gather(prompt, document)
-    words: Any = text if raw or prefilled is not None else as_messages(text, system)
+    texts = gather(prompt, document)
+    words: Any = as_prompt(texts) if prefilled is None else joined(texts)
+    words = words if raw or prefilled is not None else as_messages(words, system)
     completion = answer(model, words, sampling, options, prefilled, quiet=as_json)
     conclude(completion.report, as_json)
 

@@ -17,6 +17,7 @@ from firstlight.core.calibration import Calibration
 if TYPE_CHECKING:
     from torch import Tensor
 
+Span = tuple[int, int]
 Seam = Literal["prompt", "reuse", "schedule", "tokens", "attention", "cache", "decode"]
 
 
@@ -283,9 +284,54 @@ class KVSource(Bound):
 
 
 class Scorer(Protocol):
-    """Surprisal of tokens, for prompt editors."""
+    """Surprisal of tokens under the model that will answer; `llm` supplies it."""
 
-    def nll(self, ids: Sequence[int]) -> Sequence[float]: ...
+    def nll(
+        self, ids: Sequence[int], *, first: int = 0, layers: int | None = None, among: Sequence[int] | None = None
+    ) -> Sequence[float]:
+        """-log p of each of `ids[first:]`, given all before it; 0 for a first token, before which nothing is.
+
+        `layers`: look through the head after so many layers (logit lens); None = all. `among`: the only tokens that
+        could have come, those of `ids[first:]` included; None = all. What `ids` and those of the call before have in
+        common from the start isn't computed again.
+        """
+        ...
+
+
+def _no_text(ids: Sequence[int]) -> str:
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptIds:
+    """A prompt before admission: its ids, and what of them is whose. Spans are [lo, hi) of `ids`."""
+
+    ids: Sequence[int]
+    context: Sequence[Span] = ()
+    """Text that may be shortened, ascending. All else is protected."""
+    question: str | None = None
+    """What is asked about it; None where that isn't known yet."""
+    text: Callable[[Sequence[int]], str] = _no_text
+    """The words of some ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEdit:
+    """A prompt after an editor: a subsequence of its ids."""
+
+    ids: Sequence[int]
+    keep_map: Sequence[int]
+    """For each of `ids` the place that it had, ascending."""
+    protected: Sequence[Span]
+    """What was not the editor's to touch, as spans of the new `ids`."""
+
+
+class PromptEditor(Bound):
+    """The prompt/ part of a method: what the tokens are. It runs once a prompt, before admission."""
+
+    def edit(self, req: PromptIds, score: Scorer) -> PromptEdit:
+        """Only tokens of `req.context`, which is never empty here, may go. Its time is part of TTFT."""
+        return PromptEdit(req.ids, range(len(req.ids)), [(0, len(req.ids))])
 
 
 class Linears(Protocol):

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.core.request import Completion, Logprobs, Request, SamplingParams, TokenOutput
 from firstlight.decode.logprobs import watch_prompt
 from firstlight.decode.structured import Grammars
+from firstlight.engine.editing import Edited, Editing
 from firstlight.engine.engine import Engine
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.report import report
@@ -26,8 +28,10 @@ from firstlight.prompt.detokenize import Detokenizer
 from firstlight.prompt.tokenizer import Tokenizer
 
 SCHEMA_VERSION = 1
-Encode = Callable[[], list[int]]
+Encode = Callable[[], PromptIds]
 """Makes a prompt's ids; called, and timed, when its request begins."""
+Check = Callable[[], None]
+"""Raises when nobody waits for an answer any more; called while its prompt is edited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class _Answer:
 
     live: LiveRequest
     tokenize_s: float
+    edited: Edited
     index: int = 0
     prompt_logprobs: list[Logprobs | None] | None = None
     text: str = ""
@@ -69,6 +74,7 @@ class Answers:
         self._entering = threading.Lock()
         self._numbers = itertools.count()
         self.turns = Turns(engine, self._deliver)
+        self.editing = Editing(engine.parts, engine.machine.model)
         self.load_s = 0.0
 
     def complete(self, work: Sequence[tuple[Encode, SamplingParams]], **terms: Any) -> list[Completion]:
@@ -98,22 +104,22 @@ class Answers:
         encode: Encode,
         params: SamplingParams,
         give: Callable[[StreamChunk], None] | None = None,
+        check: Check = lambda: None,
         **terms: Any,
     ) -> list[str]:
         """Queue the requests of one prompt's answers, for whoever steps; `terms` are further fields of them."""
         self.check_open()
         began = time.perf_counter()
-        ids = encode()
-        if bad := [i for i in ids if not 0 <= i < self._vocab_size]:
-            raise UserError(f"token id {bad[0]} is not in the vocabulary of {self._vocab_size}; check the ids")
-        requests = [self._request(ids, params, index, terms) for index in range(params.n)]
+        edited = self._edited(encode(), check)
+        requests = [self._request(edited.ids, params, index, terms) for index in range(params.n)]
         first, rows = requests[0], watch_prompt(requests[0])
         try:
             for index, request in enumerate(requests):
                 request.after = first.rid if index else None
                 with self._entering:  # its first output may be made before this is over
                     live = self._engine.add(request)
-                    answer = _Answer(live, live.stamps.arrived - began, index, rows, give=give)
+                    tokenize_s = live.stamps.arrived - began - edited.seconds
+                    answer = _Answer(live, tokenize_s, edited, index, rows, give=give)
                     self._answers[request.rid] = answer
         except BaseException:
             for request in requests:
@@ -121,6 +127,19 @@ class Answers:
             raise
         self.turns.wake()
         return [request.rid for request in requests]
+
+    def _edited(self, prompt: PromptIds, check: Check) -> Edited:
+        """The ids that are admitted. Raises UserError on ids that can't be."""
+        if bad := [i for i in prompt.ids if not 0 <= i < self._vocab_size]:
+            raise UserError(f"token id {bad[0]} is not in the vocabulary of {self._vocab_size}; check the ids")
+
+        def still_wanted() -> None:
+            self.check_open()
+            check()
+
+        edited = self.editing.edit(prompt, still_wanted)
+        still_wanted()
+        return edited
 
     def _request(self, ids: list[int], params: SamplingParams, index: int, terms: dict[str, Any]) -> Request:
         """Answer `index` of a prompt. Raises UserError on what this model can't do."""
@@ -176,6 +195,7 @@ class Answers:
     def _finish(self, answer: _Answer) -> Completion:
         live, text, decoding = answer.live, answer.text, answer.live.decoding
         facts = report(live, self._engine.parts)
+        answer.edited.tell(facts)
         facts["timings"] = {"load_s": self.load_s, "tokenize_s": answer.tokenize_s} | facts["timings"]
         facts["ttft_s"] += answer.tokenize_s
         head = {"schema_version": SCHEMA_VERSION, "model": self._model_name, "text": text}

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from firstlight.core.parts import PromptIds
 from firstlight.core.request import Chooser, LogitsSink, Request, SamplingParams
+from firstlight.engine.editing import Editing
 from firstlight.engine.engine import Engine
 from firstlight.engine.report import report
 
@@ -33,13 +35,16 @@ class Asked:
 
 def ask(
     engine: Engine,
-    ids: Sequence[int],
+    prompt: PromptIds,
     choose: Chooser,
     num_tokens: int,
     logits_at: Sequence[int] = (),
     sink: LogitsSink = lambda tok, logits: None,
 ) -> Asked:
-    """Prefill `ids` and generate exactly `num_tokens` as `choose` says; the prompt rows `logits_at` go to `sink`."""
+    """Prefill a prompt and generate exactly `num_tokens` as `choose` says; the prompt rows `logits_at` go to `sink`.
+
+    A method that edits prompts has edited it before; its time is part of TTFT.
+    """
     looked_s = 0.0
 
     def timed(tok: Tensor, logits: Tensor) -> None:
@@ -49,11 +54,15 @@ def ask(
         looked_s += time.perf_counter() - began
 
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    request = Request(f"eval-{next(_numbers)}", ids, sampling, logits_at=logits_at, logits_sink=timed, choose=choose)
+    edited = Editing(engine.parts, engine.machine.model).edit(prompt)
+    request = Request(
+        f"eval-{next(_numbers)}", edited.ids, sampling, logits_at=logits_at, logits_sink=timed, choose=choose
+    )
     live = engine.add(request)
     while engine.is_live(request.rid):
         engine.step()
     facts = report(live, engine.parts)
+    edited.tell(facts)
     return Asked(live.ids[live.num_prompt :], facts, facts["ttft_s"] - looked_s)
 
 

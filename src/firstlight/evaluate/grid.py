@@ -21,7 +21,7 @@ from firstlight.evaluate import books
 from firstlight.evaluate.reading import Excerpt
 from firstlight.evaluate.records import Record, Records
 from firstlight.evaluate.reference import References
-from firstlight.evaluate.tasks import TASKS, Cell, Task, num_tokens, prepare, run_cell, tasks_of
+from firstlight.evaluate.tasks import READING, TASKS, Cell, Task, num_tokens, prepare, run_cell, tasks_of
 from firstlight.llm import LLM
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
@@ -99,7 +99,7 @@ def evaluate(
     Raises UserError on settings or lengths that cannot be, before anything is run.
     """
     records = Records(out)
-    make_parts(options.methods)
+    _check_editors(make_parts(options.methods), grid)
     checkpoint = open_checkpoint(resolve(model))
     calibrations = _calibrations(make_parts(options.methods, checkpoint.config.facts(checkpoint.digest)))
     cells = grid.all_cells()
@@ -115,6 +115,17 @@ def evaluate(
         subject.run(prepared, references, progress, tell)
     rows = [row for length in grid.lengths for name in grid.tasks for row in _rows(grid, name, length, subjects)]
     return {"model": model, "rows": rows, "texts": {book: books.digest_of(book) for book in books.BOOKS}}
+
+
+def _check_editors(parts: Sequence[Part], grid: Grid) -> None:
+    """Reading compares rows at their places, and a shortened prompt's rows have others."""
+    editors = [part.method for part in parts if part.seam == "prompt"]
+    reading = [name for name, task in tasks_of(grid.tasks).items() if task.experiment == READING]
+    if editors and reading:
+        raise UserError(
+            f"{' and '.join(reading)} compare row by row, and {editors[0]} takes rows out, so the rest stand elsewhere"
+            "; choose --tasks niah_single_1 or another needle"
+        )
 
 
 def _calibrations(parts: Sequence[Part]) -> dict[str, str]:

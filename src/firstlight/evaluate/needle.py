@@ -17,16 +17,19 @@ import random
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.engine.engine import Engine
 from firstlight.evaluate.asking import ask
 from firstlight.evaluate.books import text_of
 from firstlight.prompt.chat import render_chat
+from firstlight.prompt.encoder import Encoder
+from firstlight.prompt.spans import as_parts
 from firstlight.prompt.tokenizer import Tokenizer
 
 KINDS = {"niah_single_1": ("line", "number"), "niah_single_2": ("pages", "number"), "niah_single_3": ("pages", "uuid")}
@@ -57,12 +60,16 @@ _TOWNS = ("Aachen", "Bergen", "Cadiz", "Dublin", "Exeter", "Ghent", "Hanover", "
 class Sample:
     """A prompt, what to look for in the answers to its two questions, and how the conversation goes on in between."""
 
-    ids: list[int]
+    prompt: PromptIds
     follow_up: list[int]
     eos_ids: frozenset[int]
     values: tuple[str, str]
     depth: float
     num_answer: int
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self.prompt.ids)
 
 
 class Conversation:
@@ -109,18 +116,18 @@ def sample(tokenizer: Tokenizer, task: str, length: int, index: int, seed: int) 
     needles.append(((depth + 0.5) % 1, _OTHER_NEEDLE.format(key=town, value=platform)))
     sentences = _line(dice) if haystack == "line" else _pages(dice)
 
-    def prompt(text: str) -> list[int]:
-        return _opening(tokenizer, f"{_INTRODUCTION.format(**words)}\n\n{text}\n\n{questions[0]}", leads[0])
+    def prompt(text: str) -> PromptIds:
+        return _opening(tokenizer, f"{_INTRODUCTION.format(**words)}\n\n{text}", questions[0], leads[0])
 
-    ids = _fill(tokenizer, sentences, needles, length - RESERVED, prompt)
+    made = _fill(tokenizer, sentences, needles, length - RESERVED, prompt)
     follow_up = _turn(tokenizer, questions, leads)
-    return Sample(ids, follow_up, tokenizer.eos_ids, (value, platform), depth, ANSWER[kind])
+    return Sample(made, follow_up, tokenizer.eos_ids, (value, platform), depth, ANSWER[kind])
 
 
 def measure(engine: Engine, tokenizer: Tokenizer, what: Sample) -> dict[str, Any]:
     """The record of a sample: whether each of its two answers holds its value."""
     conversation = Conversation(what)
-    asked = ask(engine, what.ids, conversation.choose, conversation.num_tokens)
+    asked = ask(engine, what.prompt, conversation.choose, conversation.num_tokens)
     answers = [tokenizer.decode(ids) for ids in conversation.answers(asked.token_ids)]
     right = [value.lower() in answer.lower() for value, answer in zip(what.values, answers)]
     return {"depth": what.depth, **asked.facts(), "last": right[0], "second": right[1], "answers": answers}
@@ -147,10 +154,10 @@ def _line(dice: random.Random) -> list[str]:
     return [f"\n{line}"]
 
 
-def _fill(tokenizer: Tokenizer, sentences: list[str], needles: Any, limit: int, prompt: Any) -> list[int]:
-    """The ids of the longest prompt of at most `limit` tokens: sentences, with the needles between them."""
+def _fill(tokenizer: Tokenizer, sentences: list[str], needles: Any, limit: int, prompt: Any) -> PromptIds:
+    """The longest prompt of at most `limit` tokens: sentences, with the needles between them."""
     sizes = [len(tokenizer.encode(sentence)) for sentence in sentences]
-    room = limit - len(prompt("".join(f" {needle}" for _, needle in needles)))
+    room = limit - len(prompt("".join(f" {needle}" for _, needle in needles)).ids)
     count = 0
     while (size := sizes[count % len(sizes)]) <= room:
         room, count = room - size, count + 1
@@ -158,19 +165,20 @@ def _fill(tokenizer: Tokenizer, sentences: list[str], needles: Any, limit: int, 
         hay = [sentences[i % len(sentences)] for i in range(count)]
         for depth, needle in sorted(needles, reverse=True):
             hay.insert(round(depth * count), f" {needle}")
-        if len(ids := prompt("".join(hay).strip())) <= limit:
-            return list(ids)
+        made: PromptIds = prompt("".join(hay).strip())
+        if len(made.ids) <= limit:
+            return made
         count -= 1
     raise UserError(f"{limit + RESERVED} tokens are too few for a haystack; give more --lengths")
 
 
-def _opening(tokenizer: Tokenizer, text: str, lead: str) -> list[int]:
+def _opening(tokenizer: Tokenizer, text: str, question: str, lead: str) -> PromptIds:
     """The first turn, with the answer begun; models without a chat template get plain text."""
-    template = tokenizer.chat_template
-    if template is None:
-        return [*tokenizer.bos_ids, *tokenizer.encode(f"{text}\n\n{lead}")]
-    chat = render_chat(template, [{"role": "user", "content": text}], **tokenizer.template_tokens)
-    return [*tokenizer.begun(tokenizer.encode(chat, special=True)), *tokenizer.encode(lead)]
+    encoder = Encoder(tokenizer, "the model", marks=True)
+    if tokenizer.chat_template is None:
+        return encoder.text(as_parts(text, f"{question}\n\n{lead}"))
+    chat = encoder.chat([{"role": "user", "content": as_parts(text, question)}])
+    return replace(chat, ids=[*chat.ids, *tokenizer.encode(lead)])
 
 
 def _turn(tokenizer: Tokenizer, questions: tuple[str, str], leads: tuple[str, str]) -> list[int]:

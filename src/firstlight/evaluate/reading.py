@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.engine.engine import Engine
 from firstlight.evaluate.asking import Asked, ask, likeliest
 from firstlight.evaluate.books import BOOKS, text_of
@@ -139,7 +140,7 @@ def read(engine: Engine, what: Excerpt, look: Look) -> Asked:
         return what.ids[at]
 
     wanted = what.rows[what.rows < what.length].tolist()
-    return ask(engine, what.ids[: what.length], choose, CONTINUATION + 1, wanted, look)
+    return ask(engine, PromptIds(what.ids[: what.length]), choose, CONTINUATION + 1, wanted, look)
 
 
 def _truncated(engine: Engine, what: Excerpt, span: range) -> Tensor:
@@ -153,7 +154,7 @@ def _truncated(engine: Engine, what: Excerpt, span: range) -> Tensor:
     def look(tok: Tensor, logits: Tensor) -> None:
         found.append(surprise(logits, what.labels(tok + span.start - first)))
 
-    ask(engine, ids, likeliest, 1, range(first, len(ids)), look)
+    ask(engine, PromptIds(ids), likeliest, 1, range(first, len(ids)), look)
     return torch.cat(found)
 
 

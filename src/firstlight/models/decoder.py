@@ -160,14 +160,30 @@ class Decoder:
 
     def head(self, x: Tensor) -> Tensor:
         """x f32 [n, D] -> logits f32 [n, vocabulary]."""
-        h = self.ops.add_norm(x, None, self.final_gain, self.config.rms_eps, self.dtype)
+        h = self._final_norm(x)
         logits: Tensor = self.linears("head", h).float()
-        logits = logits if self.dtype == torch.float32 else self._rescored(h, logits)
-        cap = self.config.logit_cap
-        # cap * tanh(logits / cap), of operators whose vectorised and scalar forms agree.
-        return logits if cap is None else cap - 2 * cap / (torch.exp(logits * (2 / cap)) + 1)
+        return self._capped(logits if self.dtype == torch.float32 else self._rescored(h, logits))
+
+    def lens(self, x: Tensor, among: Tensor | None = None) -> Tensor:
+        """Rows of any layer through the head (logit lens), not rescored: x f32 [n, D] -> logits f32 [n, vocabulary].
+
+        With `among`, i64 [m], only those tokens' logits, [n, m].
+        """
+        h = self._final_norm(x)
+        logits = self.linears("head", h) if among is None else self.ops.linear(h, self._head_rows[among])
+        return self._capped(logits.float())
 
     # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        """x f32 [n, D] -> [n, D], as the head reads it."""
+        normed: Tensor = self.ops.add_norm(x, None, self.final_gain, self.config.rms_eps, self.dtype)
+        return normed
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """cap * tanh(logits / cap), of operators whose vectorised and scalar forms agree."""
+        cap = self.config.logit_cap
+        return logits if cap is None else cap - 2 * cap / (torch.exp(logits * (2 / cap)) + 1)
 
     def _gain(self, weight: Tensor) -> Tensor:
         """What a norm multiplies by, f32."""

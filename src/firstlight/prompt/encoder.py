@@ -7,15 +7,18 @@ text before it belongs to the document, the chat text after the question to the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.prompt.chat import render_around, render_chat
+from firstlight.prompt.spans import Place, flat, places, tokens_in, told
 from firstlight.prompt.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
-Prompt = str | list[int]
+Prompt = str | list[int] | list[dict[str, Any]]
+"""A text, ids, or a text in parts of OpenAI's form."""
 Tools = list[dict[str, Any]]
 """Functions that the model may call, in OpenAI's form."""
 Names = Mapping[str, Any] | None
@@ -23,37 +26,59 @@ Names = Mapping[str, Any] | None
 
 
 class Encoder:
-    """One model's way from words to ids. Every method raises UserError on what it can't encode."""
+    """One model's way from words to ids. Every method raises UserError on what it can't encode.
 
-    def __init__(self, tokenizer: Tokenizer, model_name: str) -> None:
-        self._tokenizer, self._model_name = tokenizer, model_name
+    `marks`: whether somebody asks which ids are context and question (`spans.py`); it costs a few more tokenisations.
+    """
 
-    def text(self, text: str) -> list[int]:
-        """A text as the model expects one that is no chat."""
-        return [*self._tokenizer.bos_ids, *self._tokenizer.encode(text)]
+    def __init__(self, tokenizer: Tokenizer, model_name: str, *, marks: bool = False) -> None:
+        self._tokenizer, self._model_name, self._marks = tokenizer, model_name, marks
 
-    def chat(self, messages: Messages, tools: Tools | None = None, names: Names = None) -> list[int]:
+    def text(self, text: str | Messages) -> PromptIds:
+        """A text as the model expects one that is no chat; or the parts of one."""
+        known = told(text)
+        words = known.words
+        place = Place((0, len(words)), (0, known.context), words[known.context :])
+        return self._marked(words, [place], lambda lo, hi: self._tokenizer.encode(words[lo:hi]))
+
+    def chat(self, messages: Messages, tools: Tools | None = None, names: Names = None) -> PromptIds:
         """A conversation, up to where the model answers."""
         template, settings = self._template(names)
-        text = render_chat(template, messages, tools=tools, **settings)
-        return self._tokenizer.begun(self._tokenizer.encode(text, special=True))
 
-    def prompt(self, prompt: Prompt | Messages, tools: Tools | None = None, names: Names = None) -> list[int]:
-        """Whichever of the three it is."""
+        def render(given: Messages) -> str:
+            return render_chat(template, given, tools=tools, **settings)
+
+        text = render(flat(messages))
+        found = places(render, messages, text)
+
+        def encode(lo: int, hi: int) -> list[int]:
+            plain = [(max(a, lo) - lo, min(b, hi) - lo) for a, b in (place.whole for place in found)]
+            return self._tokenizer.encode(text[lo:hi], special=True, plain=[(a, b) for a, b in plain if a < b])
+
+        return self._marked(text, found, encode)
+
+    def prompt(self, prompt: Prompt | Messages, tools: Tools | None = None, names: Names = None) -> PromptIds:
+        """Whichever of them it is."""
         if isinstance(prompt, str):
             return self.text(prompt)
         if len(prompt) and isinstance(prompt[0], dict):
-            return self.chat(prompt, tools, names)
-        return _ids(prompt)
+            return self.chat(prompt, tools, names) if "role" in prompt[0] else self.text(prompt)
+        return PromptIds(_ids(prompt))
 
-    def document(self, text: str, system: str | None, names: Names) -> list[int]:
+    def document(self, text: str, system: str | None, names: Names) -> PromptIds:
         """A chat up to the document's last word. Control tokens that the document spells are ordinary text."""
         if not text.strip():
             raise UserError("the document is empty; give a text")
         template, settings = self._template(names)
         before, _ = render_around(template, system, **settings)
         lead = self._tokenizer.begun(self._tokenizer.encode(before, special=True))
-        return [*lead, *self._tokenizer.encode(text.strip("\n"))]
+        return self._all_context(lead, self._tokenizer.encode(text.strip("\n")))
+
+    def raw_document(self, text: Prompt) -> PromptIds:
+        """A document that is no chat: a text, or ids as they are."""
+        if not isinstance(text, str):
+            return PromptIds(_ids(text))
+        return self._all_context(self._tokenizer.bos_ids, self._tokenizer.encode(text))
 
     def question(self, question: Prompt, names: Names, *, is_chat: bool) -> list[int]:
         """What comes after a document: in a chat a blank line, the question and the way to the answer."""
@@ -67,6 +92,25 @@ class Encoder:
         _, after = render_around(template, None, **settings)
         words = "\n\n" + question.strip("\n")
         return [*self._tokenizer.encode(words), *self._tokenizer.encode(after, special=True)]
+
+    def _all_context(self, lead: Sequence[int], ids: Sequence[int]) -> PromptIds:
+        """Ids that are context, after some that are not."""
+        spans = [(len(lead), len(lead) + len(ids))] if ids else []
+        return PromptIds([*lead, *ids], spans, None, self._tokenizer.decode)
+
+    def _marked(self, text: str, found: Sequence[Place], encode: Callable[[int, int], list[int]]) -> PromptIds:
+        """A text's ids, its BOS before them; `encode` gives those of a stretch of it."""
+        ids = encode(0, len(text))
+        whole = self._tokenizer.begun(ids)
+        if not self._marks:
+            return PromptIds(whole)
+        context = [
+            tokens_in(place.context, ids, len(text), encode) for place in found if place.context[0] < place.context[1]
+        ]
+        shift = len(whole) - len(ids)
+        spans = [(lo + shift, hi + shift) for lo, hi in context if lo < hi]
+        question = next((place.question for place in reversed(found) if place.question), "")
+        return PromptIds(whole, spans, question, self._tokenizer.decode)
 
     def _template(self, names: Names) -> tuple[str, dict[str, Any]]:
         """The chat template, and what the caller sets in it."""

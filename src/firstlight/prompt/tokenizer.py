@@ -6,11 +6,13 @@ bytes, so decoding is joining bytes, which is what lets `detokenize` stream them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from firstlight.core.errors import UserError
+from firstlight.core.parts import Span
 from firstlight.prompt.gguf_vocabulary import vocabulary_from_gguf
 from firstlight.prompt.json_vocabulary import vocabulary_from_directory
 from firstlight.prompt.vocabulary import Vocabulary
@@ -32,23 +34,44 @@ class Tokenizer:
         self.eos_ids = vocabulary.eos_ids
         self.bos_ids = list(vocabulary.bos_ids)
         self.chat_template = vocabulary.chat_template
+        names = sorted(filter(None, vocabulary.specials), key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, names))) if names else None
 
     @classmethod
     def from_source(cls, source: Mapping[str, Any] | Path) -> Tokenizer:
         """From GGUF metadata (its `tokenizer.*` keys) or from a directory with tokenizer.json."""
         return cls(vocabulary_from_directory(source) if isinstance(source, Path) else vocabulary_from_gguf(source))
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, plain: Sequence[Span] = ()) -> list[int]:
         """Token ids of a text; no BOS is added (`bos_ids` are the caller's).
 
         `special` reads control tokens written in the text as such, which a rendered chat template needs; otherwise they
-        are ordinary text, so that a document cannot forge them. UserError if the text is not valid Unicode.
+        are ordinary text, so that a document cannot forge them. So they are in the spans `plain` of the text's
+        characters, ascending. UserError if the text is not valid Unicode.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UserError("the text holds lone surrogates, which no UTF-8 text has; clean the input") from None
+        if special and plain and (forged := self._forged(text, plain)):
+            return self._encode_around(text, forged)
         return self._vocabulary.encode(text, special=special)
+
+    def _forged(self, text: str, plain: Sequence[Span]) -> list[Span]:
+        """Where control tokens are spelled in text that is `plain`."""
+        hits = [hit.span() for hit in self._controls.finditer(text)] if self._controls else []
+        return [(lo, hi) for lo, hi in hits if any(lo < end and start < hi for start, end in plain)]
+
+    def _encode_around(self, text: str, forged: Sequence[Span]) -> list[int]:
+        """Control tokens are read as such but for some, piece by piece."""
+        assert self._controls is not None
+        ids, done = [], 0
+        for hit in self._controls.finditer(text):
+            if hit.span() not in forged:
+                ids += self._vocabulary.encode(text[done : hit.start()], special=False)
+                ids.append(self.special_tokens[hit[0]])
+                done = hit.end()
+        return [*ids, *self._vocabulary.encode(text[done:], special=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: control tokens are skipped, bytes that are not UTF-8 become U+FFFD.
