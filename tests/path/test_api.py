@@ -13,6 +13,7 @@ import pytest
 
 from firstlight import LLM, SamplingParams
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.core.request import Completion
 from tests.tiny import CHAT_TEMPLATE, save_tiny_chat
 
@@ -94,7 +95,9 @@ def test_the_smaller_priority_is_served_first(tmp_path: Path) -> None:
         next(seat)
         order: list[str] = []
         streams = {
-            name: llm.answers.add(lambda: [1, 2], SHORT, lambda _, name=name: order.append(name), priority=priority)
+            name: llm.answers.add(
+                lambda: PromptIds([1, 2]), SHORT, lambda _, name=name: order.append(name), priority=priority
+            )
             for name, priority in [("late", 1), ("first", -3), ("second", 0), ("third", 0)]
         }
         last(seat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from firstlight import LLM, AsyncLLM, SamplingParams
 from firstlight.cli.breakdown import breakdown
@@ -18,7 +20,6 @@ from firstlight.core.parts import PromptEdit, PromptEditor
 from firstlight.engine.editing import Editing
 from firstlight.engine.scorer import ModelScorer
 from firstlight.prompt.spans import as_parts
-from tests.terminal import plain
 from tests.tiny import save_tiny_chat, tiny_model
 
 DOCUMENT = " ".join(f"Line {n} says {n * n % 97}." for n in range(60))
@@ -55,24 +56,30 @@ def test_a_chat_is_answered_as_the_kept_ids_would_be_and_says_what_was_done(
     assert (facts["used"], facts["origin"], facts["kept"]) == (True, len(DOCUMENT), (len(DOCUMENT) + 1) // 2)
     assert facts["rate"] == pytest.approx(0.5, abs=0.05) and facts["protected"] == len(whole) - len(DOCUMENT)
     assert len(out.prompt_ids) == out.report["prompt_tokens"] == facts["kept"] + facts["protected"]
-    head, tail = whole.index(ord("L") if ord("L") in whole else whole[0]), dense.encode(f"\n\n{QUESTION}")
-    assert out.prompt_ids[:5] == whole[:5] and head >= 0
-    assert dense.tokenizer.decode(out.prompt_ids).endswith(f"\n\n{QUESTION}\nassistant\n") and tail
+    assert out.prompt_ids[:5] == whole[:5]
+    assert dense.tokenizer.decode(out.prompt_ids).endswith(f"\n\n{QUESTION}\nassistant\n")
     assert out.token_ids == dense.generate([out.prompt_ids], SHORT)[0].token_ids
     assert not out.report["exact"] and sum_of(out) == pytest.approx(out.report["ttft_s"], abs=1e-6)
     assert out.report["timings"]["edit_s"] == facts["seconds"] > 0
-    assert again.prompt_ids == out.prompt_ids and again.report["cached_tokens"] == (len(out.prompt_ids) - 1) // 64 * 64
+    assert again.prompt_ids == out.prompt_ids and again.report["cached_tokens"] == len(out.prompt_ids) - 1
 
 
 def sum_of(out: Any) -> float:
     return float(sum(seconds for key, seconds in out.report["timings"].items() if key != "load_s"))
 
 
+def plain(report: dict[str, Any]) -> str:
+    """The breakdown as words."""
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(breakdown(report))
+    return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
 def test_the_breakdown_shows_it(path: Path, dense: LLM) -> None:
     with open_llm(path, "truncate:rate=0.25") as llm:
-        table = plain(breakdown(llm.chat(ASKED, SHORT)[0].report))
+        table = plain(llm.chat(ASKED, SHORT)[0].report)
     assert "shortening the prompt" in table and f"kept {round(len(DOCUMENT) / 4):,} of {len(DOCUMENT):,}" in table
-    assert "shortening" not in plain(breakdown(dense.chat(ASKED, SHORT)[0].report))
+    assert "shortening" not in plain(dense.chat(ASKED, SHORT)[0].report)
 
 
 @pytest.mark.parametrize("method", METHODS)
