@@ -131,6 +131,15 @@ def test_rows_that_a_method_drops_or_probes_with_are_told_apart(measured: Any) -
     assert rows["agreement", "prompt"]["against_dense"] is None
 
 
+def test_a_shortened_prompt_has_needles_but_no_rows_to_compare(model: str) -> None:
+    given = Options(method=["truncate:rate=0.25"], precision="f32", threads=1)
+    with pytest.raises(UserError, match="agreement and perplexity compare row by row, and truncate takes rows out"):
+        evaluate(model, given, Grid(["agreement", "perplexity"], [LENGTH]))
+    rows = evaluate(model, given, Grid(["niah_single_1"], [1200], 1))["rows"]
+    told = {row["name"]: row["methods"] for row in rows}
+    assert told["dense, bf16"] == [] and told["truncate:rate=0.25, f32"][0]["rate"] == pytest.approx(0.25, abs=0.01)
+
+
 def test_forced_rows_have_the_logits_of_a_prompt_that_holds_them() -> None:
     engine, ids = tiny_engine(prefix_cache="off"), [n * 37 % VOCABULARY for n in range(260)]
     whole, forced = {}, {}

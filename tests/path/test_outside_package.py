@@ -64,6 +64,7 @@ def test_the_page_holds_a_package() -> None:
     assert len(blocks("toml")) == 1
     assert [code.split("\n", 1)[0] for code in blocks("python")] == [
         "# my_methods/dilated.py",
+        "# my_methods/every_other.py",
         "# my_methods/thinning.py",
     ]
 
@@ -89,10 +90,17 @@ def test_the_row_policy_decides_what_is_computed(package: None, model: Path) -> 
     assert report["cells"]["absent"] == (LAYERS - 1) * (len(PROMPT) - kept)
 
 
+def test_the_editor_decides_what_the_tokens_are(package: None, model: Path) -> None:
+    with LLM(model, methods=["every_other:rate=0.25"], precision="f32", threads=1) as llm:
+        out = llm.generate("0123456789ABCDEF\n\nwhy?", SamplingParams(max_tokens=1))[0]
+        assert llm.tokenizer.decode(out.prompt_ids) == "048C\n\nwhy?"
+
+
 def test_off_they_are_exactly_dense(package: None, model: Path) -> None:
     dense = answer(model)["token_ids"]
     assert answer(model, "dilated:window=100000")["token_ids"] == dense
     assert answer(model, "thinning:step=1")["token_ids"] == dense
+    assert answer(model, "every_other:rate=1")["token_ids"] == dense
     assert answer(model, "dilated:window=64", "thinning:layer=0")["token_ids"] != dense
 
 

@@ -129,6 +129,14 @@ def test_llmlingua_asks_for_each_segment_after_what_stayed_of_those_before() -> 
     assert len(scorer.calls) == 3 and {0, 200, 400} <= set(kept)
 
 
+def test_digits_go_last_if_asked_for() -> None:
+    ids = [*range(100, 200), 7, 8, 9]
+    prompt = PromptIds(ids, [(0, 103)], "", lambda some: " ".join(str(i) if i < 10 else "x" for i in some))
+    assert not {7, 8, 9} & set(editor("llmlingua", rate=0.1).edit(prompt, Surprise(3)).ids)
+    kept = editor("llmlingua", rate=0.1, digits=True).edit(prompt, Surprise(3)).ids
+    assert {100, 7, 8, 9} <= set(kept) and len(kept) == 10
+
+
 def test_the_whole_model_scores_among_all_tokens() -> None:
     scorer = Surprise()
     editor("llmlingua", layers="all").edit(PromptIds(list(range(9)), [(0, 9)]), scorer)

@@ -194,7 +194,9 @@ def _method(method: dict[str, Any]) -> str:
 
 
 def _part(part: dict[str, Any]) -> str:
-    rows = "".join(f"| `{s['name']}` | {s['type']} | {s['default']} | {s['doc']} |\n" for s in part["settings"])
+    rows = "".join(
+        f"| `{s['name']}` | {s['type'].replace('|', 'or')} | {s['default']} | {s['doc']} |\n" for s in part["settings"]
+    )
     table = f"\n| setting | type | default | what it does |\n| --- | --- | --- | --- |\n{rows}" if rows else ""
     facts = [f"{key.replace('_', ' ')}: {methods.shown(value)}" for key, value in part["capability"].items()]
     return f"{table}\nIn `{part['seam']}/` ({part['home']}). {'; '.join(facts)}.\n"

@@ -13,6 +13,7 @@ from typing import Any
 
 import firstlight
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.core.request import SamplingParams
 from firstlight.evaluate.machine import peak_rss_mb
 from firstlight.evaluate.peak import limit_s
@@ -32,6 +33,11 @@ def prompt_of(llm: LLM, num_tokens: int) -> list[int]:
     return (ids * (num_tokens // len(ids) + 1))[:num_tokens]
 
 
+def as_context(llm: LLM, ids: list[int]) -> PromptIds:
+    """Ids that a method may shorten, all of them."""
+    return PromptIds(ids, [(0, len(ids))], "", llm.tokenizer.decode)
+
+
 def measure(
     llm: LLM,
     lengths: Sequence[int],
@@ -47,12 +53,12 @@ def measure(
     """
     check(lengths, repeat, num_decode)
     for length in lengths:
-        ids = prompt_of(llm, length)
+        prompt = as_context(llm, prompt_of(llm, length))
         reports = []
         for n in range(repeat + 1):
             tell(f"{length} tokens, {'warm-up' if n == 0 else f'{n} of {repeat}'}")
-            reports.append(_one(llm, ids, num_decode))
-        yield _row(llm, reports, peak_gflops)
+            reports.append(_one(llm, prompt, num_decode))
+        yield _row(llm, length, reports, peak_gflops)
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
@@ -61,17 +67,17 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "samples": values}
 
 
-def _one(llm: LLM, ids: list[int], num_decode: int) -> dict[str, Any]:
+def _one(llm: LLM, prompt: PromptIds, num_decode: int) -> dict[str, Any]:
     params = SamplingParams(max_tokens=num_decode, temperature=0.0, ignore_eos=True)
-    return llm.generate([ids], params)[0].report
+    return llm.generate([prompt], params)[0].report
 
 
-def _row(llm: LLM, reports: Sequence[dict[str, Any]], peak_gflops: float) -> dict[str, Any]:
+def _row(llm: LLM, length: int, reports: Sequence[dict[str, Any]], peak_gflops: float) -> dict[str, Any]:
     warm_up, *steady = reports
     ttft = spread([r["ttft_s"] for r in steady])
     prefill_s = statistics.median(r["timings"]["prefill_s"] for r in steady)
     tpot = spread([r["tpot_s"] for r in steady]) if steady[0]["tpot_s"] else None
-    length = steady[0]["prompt_tokens"]
+    admitted = steady[0]["prompt_tokens"]  # fewer than `length` where a method shortens prompts
     return {
         "engine": "firstlight",
         "version": firstlight.__version__,
@@ -80,13 +86,13 @@ def _row(llm: LLM, reports: Sequence[dict[str, Any]], peak_gflops: float) -> dic
         "prompt_tokens": length,
         "first_call_ttft_s": warm_up["ttft_s"],
         "ttft_s": ttft,
-        "prefill_tok_s": length / prefill_s,
+        "prefill_tok_s": admitted / prefill_s,
         "decode_tok_s": 1 / tpot["median"] if tpot else None,
         "tpot_s": tpot,
         "density": steady[0]["attention"]["density"],
         "rss_mb": peak_rss_mb(),
-        "limit_s": limit_s(llm.config, length, peak_gflops),
-        "mfu": limit_s(llm.config, length, peak_gflops) / prefill_s,
+        "limit_s": limit_s(llm.config, admitted, peak_gflops),
+        "mfu": limit_s(llm.config, admitted, peak_gflops) / prefill_s,
     }
 
 

@@ -18,7 +18,7 @@ import firstlight
 from firstlight.core.errors import UserError
 from firstlight.core.request import Request, SamplingParams
 from firstlight.evaluate.machine import peak_rss_mb
-from firstlight.evaluate.speed import shipped_text, spread
+from firstlight.evaluate.speed import as_context, shipped_text, spread
 from firstlight.llm import LLM
 
 _STRIDE = 97
@@ -97,7 +97,7 @@ def _run(llm: LLM, asked: Sequence[list[int]], at_once: int, num_new: int) -> Ru
         began = time.perf_counter()
         while waiting and len(run.running) < at_once:
             rid, ids = waiting.popleft()
-            llm.engine.add(Request(rid, ids, params))
+            llm.engine.add(Request(rid, llm.answers.editing.edit(as_context(llm, ids)).ids, params))
             run.running.add(rid)
             run.unread.add(rid)
             run.prefill_tokens += len(ids)

@@ -17,8 +17,8 @@ from firstlight.prompt.spans import Place, flat, places, tokens_in, told
 from firstlight.prompt.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
-Prompt = str | list[int] | list[dict[str, Any]]
-"""A text, ids, or a text in parts of OpenAI's form."""
+Prompt = str | list[int] | list[dict[str, Any]] | PromptIds
+"""A text, ids, a text in parts of OpenAI's form, or ids of which is known what is context."""
 Tools = list[dict[str, Any]]
 """Functions that the model may call, in OpenAI's form."""
 Names = Mapping[str, Any] | None
@@ -59,6 +59,8 @@ class Encoder:
 
     def prompt(self, prompt: Prompt | Messages, tools: Tools | None = None, names: Names = None) -> PromptIds:
         """Whichever of them it is."""
+        if isinstance(prompt, PromptIds):
+            return prompt
         if isinstance(prompt, str):
             return self.text(prompt)
         if len(prompt) and isinstance(prompt[0], dict):

@@ -9,6 +9,7 @@ model scores better, but then the compression costs as much as the prefill that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class LLMLinguaConfig(Budget):
     """The budget, and what scores."""
 
     layers: str = field(default="6", metadata={"doc": "layers of the model that score: a number, or all"})
+    digits: bool = field(default=False, metadata={"doc": "let tokens with digits go last, however predictable"})
     segment: int = field(default=200, metadata={"doc": "tokens that are scored and thinned together"})
 
     def __post_init__(self) -> None:
@@ -59,6 +61,9 @@ class LLMLingua(Shortener):
         for (lo, hi), room in zip(bounds, shares([hi - lo for lo, hi in bounds], share)):
             before = [ids[place] for place in kept]
             nll = score.nll([*before, *ids[lo:hi]], first=len(before), layers=self._layers, among=among)
+            if self.config.digits:
+                has = [any(map(str.isdigit, req.text([token]))) for token in ids[lo:hi]]
+                nll = [math.inf if digit else surprise for surprise, digit in zip(nll, has)]
             kept += [lo + place for place in most_surprising(nll, room)]
         return kept
 
