@@ -206,7 +206,7 @@ def test_wrong_settings_are_one_line(settings: dict[str, Any], why: str) -> None
 
 
 def test_two_compressors_exclude_each_other_and_documents_carry_theirs() -> None:
-    with pytest.raises(UserError, match="llmlingua and truncate both decide prompt/"):
+    with pytest.raises(UserError, match="llmlingua and truncate can't work together: both choose the prompt's tokens"):
         make_parts([Method("llmlingua"), Method("truncate")])
     assert recipe(make_parts([Method("truncate")])) != recipe(make_parts([Method("truncate", rate=0.4)])) != ""
 

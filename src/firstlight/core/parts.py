@@ -17,7 +17,8 @@ from firstlight.core.calibration import Calibration
 if TYPE_CHECKING:
     from torch import Tensor
 
-Span = tuple[int, int]
+Range = tuple[int, int]
+"""[lo, hi): places of tokens or characters."""
 Seam = Literal["prompt", "reuse", "schedule", "tokens", "attention", "cache", "decode"]
 
 
@@ -304,10 +305,10 @@ def _no_text(ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PromptIds:
-    """A prompt before admission: its ids, and what of them is whose. Spans are [lo, hi) of `ids`."""
+    """A prompt before admission: its ids, and what of them is whose."""
 
     ids: Sequence[int]
-    context: Sequence[Span] = ()
+    context: Sequence[Range] = ()
     """Text that may be shortened, ascending. All else is protected."""
     question: str | None = None
     """What is asked about it; None where that isn't known yet."""
@@ -322,7 +323,7 @@ class PromptEdit:
     ids: Sequence[int]
     keep_map: Sequence[int]
     """For each of `ids` the place that it had, ascending."""
-    protected: Sequence[Span]
+    protected: Sequence[Range]
     """What was not the editor's to touch, as spans of the new `ids`."""
 
 

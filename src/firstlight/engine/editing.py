@@ -33,6 +33,7 @@ class Edited:
     def tell(self, report: dict[str, Any]) -> None:
         """Put it into a request's report, whose clock began after it."""
         report["ttft_s"] += self.seconds
+        report["exact"] &= not self.notes.get("used", False)
         report["timings"] = {"edit_s": self.seconds} | report["timings"]
         for facts in report["methods"]:
             facts |= self.notes if facts["seam"] == "prompt" else {}
@@ -72,7 +73,7 @@ class Editing:
         seconds = time.perf_counter() - began
         origin = sum(hi - lo for lo, hi in prompt.context)
         kept = origin - (len(ids) - len(edit.ids))
-        notes = {"origin": origin, "kept": kept, "protected": len(ids) - origin}
+        notes = {"used": True, "why": "", "origin": origin, "kept": kept, "protected": len(ids) - origin}
         return Edited(list(edit.ids), seconds, notes | {"rate": kept / origin, "seconds": seconds})
 
     @property

@@ -25,10 +25,11 @@ from firstlight.core import calibration
 from firstlight.core.calibration import Calibration
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
-from firstlight.core.parts import Capability, ModelFacts
+from firstlight.core.parts import Capability, ModelFacts, PromptIds
 from firstlight.core.registry import Method, classes, make_schedule
 from firstlight.core.request import Request, SamplingParams
 from firstlight.engine.build import build_engine
+from firstlight.engine.editing import Editing
 from firstlight.engine.engine import Engine
 from firstlight.engine.replay import replay
 from firstlight.evaluate.chaos import Chaos
@@ -325,7 +326,17 @@ def _request(rid: str, ids: Sequence[int], rows: list[Tensor]) -> Request:
 
 def _submit(engine: Engine, prompts: Prompts) -> tuple[list[Any], Rows]:
     rows: Rows = {rid: [] for rid in prompts}
-    return [engine.add(_request(rid, ids, rows[rid])) for rid, ids in prompts.items()], rows
+    return [engine.add(_request(rid, _edited(engine, ids), rows[rid])) for rid, ids in prompts.items()], rows
+
+
+def _edited(engine: Engine, ids: Sequence[int]) -> list[int]:
+    """A prompt as it is admitted: all of it is context."""
+    edited = Editing(engine.parts, engine.machine.model).edit(
+        PromptIds(ids, [(0, len(ids))], "8 9 10", lambda some: " ".join(map(str, some)))
+    )
+    if why := edited.notes.get("why"):
+        raise Broken(f"a prompt of {len(ids)} tokens was not edited: {why}")
+    return edited.ids
 
 
 def _drain(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from firstlight.core.errors import UserError
-from firstlight.core.parts import PromptIds, Scorer, Span
+from firstlight.core.parts import PromptIds, Range, Scorer
 from firstlight.prompt.shorten import Budget, Shortener
 
 _K1, _B = 1.2, 0.75
@@ -52,7 +52,7 @@ class BM25(Shortener):
         return sorted(places[:count])
 
 
-def passages(ids: Sequence[int], size: int, text: Callable[[Sequence[int]], str]) -> list[Span]:
+def passages(ids: Sequence[int], size: int, text: Callable[[Sequence[int]], str]) -> list[Range]:
     """The text in spans of at most `size` tokens, cut behind the last sentence or line that ends in the second half."""
     spans, lo = [], 0
     while lo < len(ids):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from firstlight.core.calibration import Calibration
 from firstlight.core.errors import UserError
@@ -39,6 +40,7 @@ class LLMLingua(Shortener):
     """The prompt part."""
 
     Config = LLMLinguaConfig
+    trial: ClassVar = {"layers": "2", "segment": 40}
     config: LLMLinguaConfig
     _layers: int | None = None
     """None = the whole model."""

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import ClassVar
 
 from firstlight.core.errors import UserError
-from firstlight.core.parts import Capability, PromptEdit, PromptEditor, PromptIds, Scorer, Span
+from firstlight.core.parts import Capability, PromptEdit, PromptEditor, PromptIds, Range, Scorer
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Shortener(PromptEditor, ABC):
     """A compressor: derive from it, set `Config` to a `Budget` and say in `keep` what stays of one text."""
 
     capability = Capability(exact=False)
+    identity: ClassVar = {"rate": 1.0}
 
     def __init__(self, config: Budget) -> None:
         self.config = config
@@ -62,7 +64,7 @@ class Shortener(PromptEditor, ABC):
         """Everything but context, and of each text of the context what `keep` chooses."""
         counts = self.config.counts([hi - lo for lo, hi in req.context])
         keep_map: list[int] = []
-        protected: list[Span] = []
+        protected: list[Range] = []
         done = 0
         for (lo, hi), count in zip(req.context, counts):
             protected.append((len(keep_map), len(keep_map) + lo - done))
@@ -74,7 +76,7 @@ class Shortener(PromptEditor, ABC):
         ids = [req.ids[place] for place in keep_map]
         return PromptEdit(ids, keep_map, [(lo, hi) for lo, hi in protected if lo < hi])
 
-    def _chosen(self, req: PromptIds, span: Span, count: int, score: Scorer) -> list[int]:
+    def _chosen(self, req: PromptIds, span: Range, count: int, score: Scorer) -> list[int]:
         """Places in the prompt that stay of one text."""
         lo, hi = span
         if count in (0, hi - lo):

@@ -25,7 +25,7 @@ from itertools import takewhile
 from typing import Any
 
 from firstlight.core.errors import UserError
-from firstlight.core.parts import Span
+from firstlight.core.parts import Range
 
 _READ_BY = ("user", "tool")
 """Whose messages are ordinary text."""
@@ -44,8 +44,8 @@ class Told:
 class Place:
     """Where a message lies in the text of a chat, and its context there: spans of characters; and its question."""
 
-    whole: Span
-    context: Span
+    whole: Range
+    context: Range
     question: str
 
 
@@ -117,7 +117,7 @@ def _matched(pieces: Sequence[str], marks: dict[str, Told], text: str) -> list[P
     return found if at == len(text) else []
 
 
-def tokens_in(span: Span, ids: Sequence[int], length: int, encode: Callable[[int, int], Sequence[int]]) -> Span:
+def tokens_in(span: Range, ids: Sequence[int], length: int, encode: Callable[[int, int], Sequence[int]]) -> Range:
     """The tokens that lie wholly in a span of a text's `length` characters; `ids` are the text's.
 
     `encode` gives the ids of a stretch of the text. Those that the text up to the span's end has in common with all of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlight.core.errors import UserError
-from firstlight.core.parts import Span
+from firstlight.core.parts import Range
 from firstlight.prompt.gguf_vocabulary import vocabulary_from_gguf
 from firstlight.prompt.json_vocabulary import vocabulary_from_directory
 from firstlight.prompt.vocabulary import Vocabulary
@@ -42,7 +42,7 @@ class Tokenizer:
         """From GGUF metadata (its `tokenizer.*` keys) or from a directory with tokenizer.json."""
         return cls(vocabulary_from_directory(source) if isinstance(source, Path) else vocabulary_from_gguf(source))
 
-    def encode(self, text: str, *, special: bool = False, plain: Sequence[Span] = ()) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, plain: Sequence[Range] = ()) -> list[int]:
         """Token ids of a text; no BOS is added (`bos_ids` are the caller's).
 
         `special` reads control tokens written in the text as such, which a rendered chat template needs; otherwise they
@@ -57,12 +57,12 @@ class Tokenizer:
             return self._encode_around(text, forged)
         return self._vocabulary.encode(text, special=special)
 
-    def _forged(self, text: str, plain: Sequence[Span]) -> list[Span]:
+    def _forged(self, text: str, plain: Sequence[Range]) -> list[Range]:
         """Where control tokens are spelled in text that is `plain`."""
         hits = [hit.span() for hit in self._controls.finditer(text)] if self._controls else []
         return [(lo, hi) for lo, hi in hits if any(lo < end and start < hi for start, end in plain)]
 
-    def _encode_around(self, text: str, forged: Sequence[Span]) -> list[int]:
+    def _encode_around(self, text: str, forged: Sequence[Range]) -> list[int]:
         """Control tokens are read as such but for some, piece by piece."""
         assert self._controls is not None
         ids, done = [], 0
