@@ -53,7 +53,7 @@ class Editing:
         return self._part is not None
 
     def edit(self, prompt: PromptIds, check: Callable[[], None] = lambda: None) -> Edited:
-        """The prompt as it will be admitted. Raises UserErrors of the editor and of `check`, which is called now and then."""
+        """The prompt as it will be admitted. Raises UserErrors of the editor, and of `check` while it scores."""
         ids = list(prompt.ids)
         if self._part is None:
             return Edited(ids)

@@ -76,7 +76,12 @@ def _text_of(part: Any) -> str:
 
 def flat(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages as templates expect them: contents in one piece."""
-    return [m | {"content": told(m["content"]).words} if isinstance(m.get("content"), list) else m for m in messages]
+    return [m | {"content": told(m["content"]).words} if isinstance(_content(m), list) else m for m in messages]
+
+
+def _content(message: Any) -> Any:
+    """None where a message isn't one: that is the template's to refuse."""
+    return message.get("content") if isinstance(message, dict) else None
 
 
 def places(render: Callable[[list[dict[str, Any]]], str], messages: Sequence[dict[str, Any]], text: str) -> list[Place]:
@@ -86,7 +91,7 @@ def places(render: Callable[[list[dict[str, Any]]], str], messages: Sequence[dic
     """
     marked, marks = list(flat(messages)), {}
     for i, message in enumerate(messages):
-        if message.get("role") in _READ_BY and isinstance(message.get("content"), str | list):
+        if isinstance(_content(message), str | list) and message.get("role") in _READ_BY:
             mark = secrets.token_hex(16)
             marks[mark] = told(message["content"], message["role"])
             marked[i] = message | {"content": mark}
