@@ -57,12 +57,12 @@ class Tokenizer:
             return self._encode_around(text, forged)
         return self._vocabulary.encode(text, special=special)
 
-    def _forged(self, text: str, plain: Sequence[Range]) -> list[Range]:
+    def _forged(self, text: str, plain: Sequence[Range]) -> set[Range]:
         """Where control tokens are spelled in text that is `plain`."""
         hits = [hit.span() for hit in self._controls.finditer(text)] if self._controls else []
-        return [(lo, hi) for lo, hi in hits if any(lo < end and start < hi for start, end in plain)]
+        return {(lo, hi) for lo, hi in hits if any(lo < end and start < hi for start, end in plain)}
 
-    def _encode_around(self, text: str, forged: Sequence[Range]) -> list[int]:
+    def _encode_around(self, text: str, forged: set[Range]) -> list[int]:
         """Control tokens are read as such but for some, piece by piece."""
         assert self._controls is not None
         ids, done = [], 0
