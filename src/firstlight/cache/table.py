@@ -233,7 +233,7 @@ class RequestKV:
             self._viewed, self._tables = self.table, torch.from_numpy(self.table).unbind()
         length = self.length[layer].tolist()
         tok, pos = self._explicit.get(layer, (None, None))
-        mask = None if visible is None else torch.isin(self.ordinals(layer), visible)
+        mask = None if visible is None else self._among(layer, visible)
         return KVView(self._tables[layer], length, tok, pos, mask)
 
     def ordinals(self, layer: int) -> Tensor:
@@ -242,6 +242,13 @@ class RequestKV:
         if layer in self._explicit:
             return self._explicit[layer][0][:, :longest]
         return torch.arange(longest).expand(self.length.shape[1], longest)
+
+    def _among(self, layer: int, chosen: Tensor) -> Tensor:
+        """bool [Hkv, max length]: whose ordinals are chosen. By a table of ordinals: a search would cost a sort."""
+        tok = self.ordinals(layer)
+        table = torch.zeros(int(torch.maximum(tok.max(), chosen.max())) + 1, dtype=torch.bool)
+        table[chosen] = True
+        return table[tok]
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

@@ -190,6 +190,8 @@ class PartContext:
     entries: Callable[[], tuple[Tensor, Tensor]] | None = None
     """In `after_layer`: k, v [Hkv, n, D] of the view's entries, read when called."""
     state: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    """JSON values for the request's report; `why` says what the part did otherwise than asked."""
 
 
 @dataclass(frozen=True, slots=True)

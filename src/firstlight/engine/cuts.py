@@ -37,7 +37,7 @@ class RowCuts:
     _pending: dict[str, list[Cut]] = field(default_factory=dict)
 
     def before_layer(self, member: Member, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Revive, hide, skip. Returns the rows set aside for this layer (tok, x), or None if nothing changed."""
+        """Revive, hide, skip. Returns the rows set aside for this layer (tok, x), or None if the rows are as before."""
         member.visible = None
         live, changed = member.live, None
         for policy, context in self._policies(member):
@@ -90,7 +90,7 @@ class RowCuts:
         if not mine or not (whole if member is not None else live.f[layer] == live.num_prompt):
             return False
         tok = member.tok if member is not None else self.park.ordinals(live.rid, layer + 1, "waiting")
-        obs = _obs(live, layer)
+        obs = live.seen.get(layer)
         cuts = []
         for policy, context in mine:
             context.final = True
@@ -119,13 +119,18 @@ class RowCuts:
         parked = int(gone.sum()) if any(cut.park for cut in cuts) else 0
         if parked:
             self.park.put(live.rid, layer + 1, tok[gone], x[gone], "cut")
-        if bool(gone.any()):
+        if bool(gone.any()) and int(tok[-1]) < live.num_prompt:  # a schedule plans with a prompt's rows alone
             self.taken.append(CutTaken(live, layer, tok[stays], parked, int(gone.sum()) - parked))
         return stays
 
     def _apply_enter(
         self, member: Member, layer: int, enter: Enter, before: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
+        if enter.visible is not None:
+            seen = enter.visible
+            member.visible = seen if member.visible is None else seen[torch.isin(seen, member.visible)]
+        if enter.skip is None and enter.revive is None:
+            return before
         skip = enter.skip if enter.skip is not None else torch.zeros(len(member.tok), dtype=torch.bool)
         aside = (member.tok[skip], member.x[skip])
         member.select(~skip)
@@ -133,9 +138,6 @@ class RowCuts:
             tok, x = self.park.take(member.live.rid, layer, enter.revive, "cut")
             if len(tok):
                 member.insert(tok, x)
-        if enter.visible is not None:
-            seen = enter.visible
-            member.visible = seen if member.visible is None else seen[torch.isin(seen, member.visible)]
         return aside if before is None else (torch.cat([before[0], aside[0]]), torch.cat([before[1], aside[1]]))
 
     def _note(self, member: Member, cut: Cut | None) -> None:
@@ -147,9 +149,3 @@ class RowCuts:
         for _, context in pairs:
             context.final, context.decode = member.final, member.decode
         return pairs
-
-
-def _obs(live: LiveRequest, layer: int) -> Obs | None:
-    """Probe sums of a layer over all strips so far."""
-    colsum = live.colsum.get(layer)
-    return None if colsum is None else Obs(colsum, live.kv.ordinals(layer))

@@ -285,6 +285,7 @@ class Engine:
     def _forget(self, live: LiveRequest) -> None:
         live.stamps.finished = time.perf_counter()
         live.kv_end = live.kv.nbytes
+        live.parked_cells = self.machine.park.cells(live.rid, len(live.f))
         live.kv.release()
         self.machine.park.drop(live.rid)
         if live.request.known is not None:
@@ -459,8 +460,7 @@ class Engine:
 
     def _tell_cut(self, cut: CutTaken) -> None:
         """A cut frees what the layers above it no longer need; rows that can be revived are needed."""
-        live, layer, block, layers = cut.live, cut.layer, self.config.block_size, len(cut.live.f)
-        live.parked_cells += cut.n_parked * (layers - layer - 1)
+        live, layer, block = cut.live, cut.layer, self.config.block_size
         if live.rid not in self._lives:
             return
         live.gone[layer + 1 :] = [n + cut.n_gone for n in live.gone[layer + 1 :]]

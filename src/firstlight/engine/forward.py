@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from firstlight.core.attn import PlanContext
 from firstlight.core.parts import Keep, Merge
-from firstlight.core.schedule import WorkUnit, YieldAt
+from firstlight.core.schedule import Segment, WorkUnit, YieldAt
 from firstlight.engine.batch import Batch, Block, Member
 from firstlight.engine.cuts import CutTaken, RowCuts
 from firstlight.engine.live import LiveRequest
@@ -64,6 +64,7 @@ class Pass:
         self.logits: dict[str, Tensor] = {}
         self.cuts: list[CutTaken] = []
         self._row_cuts = RowCuts(machine.park, self.cuts)
+        self._segments: list[tuple[LiveRequest, Segment]] = []
         self._members: list[Member] = []
         self._batch: Batch | None = None
         self._governed = any(live.policies for live in self.lives)
@@ -77,8 +78,28 @@ class Pass:
         return all(live.cancelled for live in self.lives)
 
     def run(self) -> Generator[Stop, None, None]:
-        begin = {segment.layer[0] for segment in self.unit.segments}
-        end = {segment.layer[1] for segment in self.unit.segments}
+        for segments in self._rounds():
+            self._segments = segments
+            yield from self._through()
+
+    def _rounds(self) -> Iterator[list[tuple[LiveRequest, Segment]]]:
+        """What goes through the layers at once: all segments, but that rows replayed under row policies go one by one.
+
+        What such a row leaves undone, the next one may want.
+        """
+        alone = [
+            (live, replace(segment, tok=(t, t + 1)))
+            for live, segment in zip(self.lives, self.unit.segments)
+            if segment.kind == "decode" and live.policies
+            for t in range(*segment.tok)
+        ]
+        first = {live.rid: (live, segment) for live, segment in reversed(alone)}
+        yield [first.get(live.rid, (live, segment)) for live, segment in zip(self.lives, self.unit.segments)]
+        yield from ([row] for row in alone if row not in first.values())
+
+    def _through(self) -> Iterator[Stop]:
+        begin = {segment.layer[0] for _, segment in self._segments}
+        end = {segment.layer[1] for _, segment in self._segments}
         for layer in range(min(begin), max(end)):
             if layer in begin or any(live.cancelled for live in self.lives):
                 self._join(layer)
@@ -93,16 +114,15 @@ class Pass:
     def _join(self, layer: int) -> None:
         """Rows of segments that begin here; those of cancelled requests leave."""
         fresh = [
-            self._enter(live, i, layer)
-            for i, live in enumerate(self.lives)
-            if self.unit.segments[i].layer[0] == layer and not live.cancelled
+            self._enter(live, segment, layer)
+            for live, segment in self._segments
+            if segment.layer[0] == layer and not live.cancelled
         ]
         stay = [m for m in self._members if not m.live.cancelled]
         if fresh or len(stay) < len(self._members):
             self._members, self._batch = stay + fresh, None
 
-    def _enter(self, live: LiveRequest, i: int, layer: int) -> Member:
-        segment = self.unit.segments[i]
+    def _enter(self, live: LiveRequest, segment: Segment, layer: int) -> Member:
         if layer > 0:  # rows revived below the segment came to this stair with it
             waiting = self.machine.park.ordinals(live.rid, layer, "waiting")
             tok, x = self.machine.park.take(live.rid, layer, waiting[waiting < segment.tok[1]], "waiting")
@@ -126,6 +146,8 @@ class Pass:
                 self.machine.park.put(live.rid, layer, member.tok, member.x, "waiting")
                 self._row_cuts.at_barrier(live, layer - 1, None)
             else:
+                if member.final:
+                    live.seen.clear()
                 yield from self._head(member)
         if done:
             self._members, self._batch = [m for m in self._members if m not in done], None
@@ -237,7 +259,9 @@ class Pass:
         """Upsert the cells of all rows, but for those that were exact before."""
         for m in batch.members:
             if not m.decode:
-                m.live.computed += m.hi - m.lo
+                m.live.computed[layer] += m.hi - m.lo
+            elif m.live.policies:  # rows of the prompt may have come back
+                m.live.computed[layer] += int((m.tok < m.live.num_prompt).sum())
         if (slots := batch.slots(layer)) is not None:
             batch.layout.write(slots, k, v)
             for m in batch.members:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from firstlight.attention.joined import joined
 from firstlight.cache.table import RequestKV
 from firstlight.core.attn import Planner
-from firstlight.core.parts import KVSource, PartContext, Retention, RowPolicy
+from firstlight.core.parts import KVSource, Obs, PartContext, Retention, RowPolicy
 from firstlight.core.registry import Part
 from firstlight.core.request import FinishReason, Request
 from firstlight.decode.state import Decoding
@@ -71,18 +69,19 @@ class LiveRequest:
         """Ordinals below this have exact cells: a row of theirs is computed for its output and not written."""
         self.gone = [0] * num_layers
         """Prompt rows that never reach each layer."""
-        self.computed = 0
-        """Prompt cells computed so far."""
+        self.computed = [0] * num_layers
+        """Prompt cells computed so far in each layer, those in decode steps included."""
         self.reused = 0
         """Prompt cells that a source gave and that stayed."""
         self.spans: Spans | None = None
         self.parked_cells = 0
+        """Prompt cells above rows that wait in the park store, at the end."""
         self.contexts = [PartContext(self.rid, self.num_prompt, num_layers, ids=self.ids) for _ in self.policies]
         self.retention_context = PartContext(self.rid, self.num_prompt, num_layers, ids=self.ids)
         self.source_context = PartContext(self.rid, self.num_prompt, num_layers, ids=self.request.prompt_ids)
         self.planner_state: dict[str, Any] = {}
-        self.colsum: dict[int, Tensor] = {}
-        """Layer -> probe sums so far."""
+        self.seen: dict[int, Obs] = {}
+        """Layer -> probe sums so far, until the prompt's end."""
         self.stats = AttnStats()
 
     def restart(self) -> None:

@@ -53,6 +53,11 @@ class ParkStore:
         """Rows of one request."""
         return sum(len(tok) for key, (tok, _) in self._rows.items() if key[0] == rid and key[2] == why)
 
+    def cells(self, rid: str, num_layers: int) -> int:
+        """Cells above the cut rows of one request, in a model of so many layers."""
+        rows = ((key[1], len(tok)) for key, (tok, _) in self._rows.items() if key[0] == rid and key[2] == "cut")
+        return sum((num_layers - layer) * count for layer, count in rows)
+
     @property
     def nbytes(self) -> int:
         return sum(tok.nbytes + x.nbytes for tok, x in self._rows.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Obs
@@ -22,7 +21,7 @@ class Probes:
     def __init__(self, layer: int, observed: Sequence[Member]) -> None:
         self._layer = layer
         self._last_n = {m.live.rid: n for m in observed if (n := wanted_rows(m.live, layer))}
-        self._sums: dict[str, Tensor] = {}
+        self._seen: dict[str, Obs] = {}
 
     def rows(self, members: Sequence[Member]) -> ProbeRows | None:
         """What the attention call is told; None if nobody asks."""
@@ -30,27 +29,29 @@ class Probes:
             return None
         for m in members:
             if m.live.rid in self._last_n:
-                self._sums[m.live.rid] = self._begin(m)
-        return ProbeRows([self._first(m) for m in members], [self._sums.get(m.live.rid) for m in members])
+                self._seen[m.live.rid] = self._begin(m)
+        seen = [self._seen.get(m.live.rid) for m in members]
+        return ProbeRows([self._first(m) for m in members], [None if obs is None else obs.colsum for obs in seen])
 
     def obs(self, member: Member) -> Obs | None:
         """Sums so far of a member's request."""
-        colsum = self._sums.get(member.live.rid)
-        return None if colsum is None else Obs(colsum, member.live.kv.ordinals(self._layer))
+        return self._seen.get(member.live.rid)
 
     def _first(self, m: Member) -> int:
         last_n = self._last_n.get(m.live.rid, 0)
         return (m.live.num_known if m.decode else m.live.num_prompt) - last_n if last_n else _NEVER
 
-    def _begin(self, m: Member) -> Tensor:
-        """f32 [Hkv, n] over the view as it is now, with what earlier strips have summed."""
+    def _begin(self, m: Member) -> Obs:
+        """Sums over the view as it is now, beginning with what earlier strips have summed."""
         heads, n = m.live.kv.length.shape[1], int(m.live.kv.length[self._layer].max())
+        # What is kept of the layer's K/V afterwards may be less: the ordinals belong to the sums.
+        tok = m.live.kv.ordinals(self._layer)
+        tok = tok if m.live.kv.is_identity_row(self._layer) else tok.clone()
         if m.decode:
-            return torch.zeros(heads, n)
-        old = m.live.colsum.get(self._layer, torch.zeros(heads, 0))
-        grown = torch.nn.functional.pad(old, (0, n - old.shape[1]))
-        m.live.colsum[self._layer] = grown
-        return grown
+            return Obs(torch.zeros(heads, n), tok)
+        old = m.live.seen[self._layer].colsum if self._layer in m.live.seen else torch.zeros(heads, 0)
+        m.live.seen[self._layer] = Obs(torch.nn.functional.pad(old, (0, n - old.shape[1])), tok)
+        return m.live.seen[self._layer]
 
 
 def wanted_rows(live: LiveRequest, layer: int) -> int:

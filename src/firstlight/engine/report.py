@@ -33,20 +33,28 @@ def report(live: LiveRequest, parts: Sequence[Part]) -> dict[str, Any]:
         "cells": _cells(live, layers),
         "attention": {"density": live.stats.visible / live.stats.dense if live.stats.dense else 1.0},
         "kv": {"bytes_peak": live.kv.peak_nbytes, "bytes_end": live.kv_end},
-        "methods": [{"name": p.method, "seam": p.seam, "used": not live.fallback, "why": live.fallback} for p in parts],
+        "methods": _methods(live, parts),
         "cache_miss_reason": live.miss_reason,
         "num_preempted": live.num_preempted,
     }
 
 
-def _cells(live: LiveRequest, layers: int) -> dict[str, int]:
-    """The prompt's cells by state."""
-    total, reused = live.num_prompt * layers, live.n_cached * layers + live.reused
-    absent = max(total - reused - live.computed - live.parked_cells, 0)
+def _methods(live: LiveRequest, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Each part, and what it notes of itself."""
+    notes = {"tokens": iter([c.notes for c in live.contexts]), "cache": iter([live.retention_context.notes])}
+    facts = {"used": not live.fallback, "why": live.fallback}
+    return [{"name": p.method, "seam": p.seam} | facts | next(notes.get(p.seam, iter(())), {}) for p in parts]
+
+
+def _cells(live: LiveRequest, layers: int) -> dict[str, Any]:
+    """The prompt's cells by state, and the share of them that was computed in each layer."""
+    total, reused, computed = live.num_prompt * layers, live.n_cached * layers + live.reused, sum(live.computed)
+    absent = max(total - reused - computed - live.parked_cells, 0)
     return {
-        "computed": live.computed,
+        "computed": computed,
         "reused": reused,
         "parked": live.parked_cells,
         "absent": absent,
         "total": total,
+        "computed_by_layer": [round(count / live.num_prompt, 4) for count in live.computed],
     }

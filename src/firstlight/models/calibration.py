@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,30 @@ def measure(model: Decoder) -> dict[str, Tensor]:
     watched = _Watched(model.linears)
     model.linears = watched
     ids = torch.randint(model.config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0))
-    x = model.embed(ids)
-    cos, sin = model.rope(torch.arange(_TOKENS))
-    for layer in range(model.config.num_layers):
-        q, k, v = (part.transpose(0, 1)[None] for part in model.qkv(layer, x, cos, sin))
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=model.scale, enable_gqa=True)
-        model.finish(layer, x, attended[0].transpose(0, 1))
+    for _ in layers_of(model, ids):
+        pass
     model.linears = watched.linears
     return watched.seen
+
+
+def layers_of(model: Decoder, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of a prompt i64 [n], layer by layer: queries [n, Hq, d] and keys [n, Hkv, d] after rotation. Keeps no KV."""
+    x = model.embed(ids)
+    cos, sin = model.rope(torch.arange(len(ids)))
+    for layer in range(model.config.num_layers):
+        q, k, v = model.qkv(layer, x, cos, sin)
+        yield q, k
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        mask = _band(len(ids), model.windows[layer])
+        attended = scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=model.scale, enable_gqa=True)
+        model.finish(layer, x, attended[0].transpose(0, 1))
+
+
+def _band(n: int, window: int | None) -> Tensor | None:
+    """bool [n, n]: what rows of a window layer read; None where that is all before them."""
+    if window is None or window >= n:
+        return None
+    return torch.ones(n, n, dtype=torch.bool).tril_().triu_(1 - window)
 
 
 class _Watched:
