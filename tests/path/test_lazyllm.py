@@ -1,8 +1,9 @@
-"""`lazyllm` in the engine: against plain dense tensors, its invariants at every step, any schedule, preempted, cancelled."""
+"""`lazyllm` in the engine: against plain dense tensors, its invariants at every step, preempted, cancelled."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -115,17 +116,17 @@ def test_against_dense_tensors(length: int, seed: int) -> None:
 @settings(max_examples=6)
 @given(seed=st.integers(0, 10**6))
 def test_invariants_of_every_step(seed: int) -> None:
-    """A token's K/V is a prefix of the layers; exactly one row of it waits, where its K/V ends, unless it is complete."""
+    """A token's K/V is a prefix of the layers; one row of it waits, where its K/V ends, unless it is complete."""
     length = 30 + seed % 90
     seen = run(method_engine(METHOD, layers=LAYERS), prompt(seed, length), 6)
     for kept, parked in zip(seen.kept, seen.parked):
         layers = [set(heads[0]) for heads in kept]
-        assert all(above <= below for below, above in zip(layers, layers[1:]))
+        assert all(above <= below for below, above in pairwise(layers))
         for tok in range(length):
             depth = sum(tok in layer for layer in layers)
             waits = [layer for layer, toks in enumerate(parked) if tok in toks]
             assert waits == ([depth] if depth < LAYERS else [])
-    assert all(set(a[i][0]) <= set(b[i][0]) for a, b in zip(seen.kept, seen.kept[1:]) for i in range(LAYERS))
+    assert all(set(a[i][0]) <= set(b[i][0]) for a, b in pairwise(seen.kept) for i in range(LAYERS))
 
 
 @settings(max_examples=10)

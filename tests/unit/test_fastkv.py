@@ -173,6 +173,7 @@ def test_keys_that_two_parts_share_are_declared_alike() -> None:
 
 
 def test_where_a_curve_settles() -> None:
-    assert settles([0.9, 0.3, 0.7, 0.6, 0.65], 0.15) == 2
-    assert settles([0.7, 0.7, 0.7], 0.0) == 0
-    assert settles([0.1, 0.9], 0.15) == 1
+    assert settles([0.9, 0.3, 0.7, 0.6, 0.65], 0.15, 0) == 2
+    assert settles([0.7, 0.7, 0.7], 0.0, 0) == 0
+    assert settles([0.7, 0.7, 0.7], 0.0, 1) == 1
+    assert settles([0.1, 0.9], 0.15, 0) == 1

@@ -39,7 +39,7 @@ class Probes:
 
     def _first(self, m: Member) -> int:
         last_n = self._last_n.get(m.live.rid, 0)
-        return (m.live.num_known if m.decode else m.live.num_prompt) - last_n if last_n else _NEVER
+        return (m.segment.tok[1] if m.decode else m.live.num_prompt) - last_n if last_n else _NEVER
 
     def _begin(self, m: Member) -> Obs:
         """Sums over the view as it is now, beginning with what earlier strips have summed."""

@@ -2,7 +2,8 @@
 
 On some long prompts, in every layer that reads all tokens, the set of those with most attention from the prompt's end
 is compared with the next such layer's. FastKV (arXiv 2502.01068, section 3) observes that these sets differ in early
-layers and settle about halfway; rows should be dropped where that begins.
+layers and settle about halfway; rows should be dropped where that begins. In the first layers neighbours may agree on
+the prompt's two ends, which is no sign that they know what matters: there no cut is looked for.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ class Config:
     prompts: int = field(default=3, metadata={"doc": "prompts that are looked at"})
     length: int = field(default=2048, metadata={"doc": "tokens of each"})
     share: float = field(default=0.2, metadata={"doc": "share of the tokens that make up a set"})
+    earliest: float = field(default=0.33, metadata={"doc": "share of the depth that a cut may not lie in"})
     slack: float = field(default=0.15, metadata={"doc": "how far below the later mean an overlap is still flat"})
 
     def __post_init__(self) -> None:
-        if self.prompts < 1 or self.length < 64 or not 0 < self.share < 1 or not 0 <= self.slack < 1:
-            raise UserError("fastkv: give 1 prompt or more, of 64 tokens or more, a share in (0, 1), a slack in [0, 1)")
+        if self.prompts < 1 or self.length < 64 or not 0 < self.share < 1:
+            raise UserError("fastkv: give 1 prompt or more, of 64 tokens or more, and a share in (0, 1)")
+        if not 0 <= self.earliest < 1 or not 0 <= self.slack < 1:
+            raise UserError("fastkv: earliest and slack are shares; give at least 0, less than 1")
 
 
 def calibrate(llm: LLM, config: Config, notebook: Notebook) -> Found:
@@ -53,7 +57,8 @@ def calibrate(llm: LLM, config: Config, notebook: Notebook) -> Found:
         notebook.write({"overlaps": done})
     notebook.tell("comparing layers", len(prompts), len(prompts))
     curve = [round(overlap, 4) for overlap in done.mean(0).tolist()]
-    values = {"tsp_idx": layers[settles(curve, config.slack)], "layers": layers, "overlap": curve}
+    first = sum(layer < config.earliest * llm.config.num_layers for layer in layers[:-2])
+    values = {"tsp_idx": layers[settles(curve, config.slack, first)], "layers": layers, "overlap": curve}
     return Found(values, {NAME: calibration_text()})
 
 
@@ -68,9 +73,9 @@ def overlaps(model: Decoder, ids: Sequence[int], layers: Sequence[int], share: f
     return torch.stack([(a & b).sum() / a.sum() for a, b in pairwise(sets)])
 
 
-def settles(curve: Sequence[float], slack: float) -> int:
-    """The first place from which on no overlap is more than `slack` below the mean of those that follow."""
-    for start in range(len(curve)):
+def settles(curve: Sequence[float], slack: float, first: int) -> int:
+    """The first place, from `first` on, after which no overlap is more than `slack` below the mean of those there."""
+    for start in range(first, len(curve)):
         rest = curve[start:]
         if min(rest) >= sum(rest) / len(rest) - slack:
             return start
