@@ -174,6 +174,9 @@ class RequestKV:
                 self.length[layer] = max(length, last + 1)
                 return
             self._make_explicit(layer)
+        if self._last(layer) < first:
+            self._append(layer, tok, pos, k, v)
+            return
         for head in range(k.shape[1]):
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
@@ -210,6 +213,8 @@ class RequestKV:
             old_tok, old_pos = tok[head, chosen], pos[head, chosen]
             self._rewrite(layer, head, 0, old_tok, old_pos, k, v)
             self._trim(layer, head)
+        longest = max(len(chosen) for chosen in idx)
+        self._explicit[layer] = tok[:, :longest].clone(), pos[:, :longest].clone()
 
     def merge(self, layer: int, assign: Sequence[Tensor], mode: str) -> None:
         """Fold entries into others as `Merge` says, then only those stay."""
@@ -298,6 +303,33 @@ class RequestKV:
         tok = self.ordinals(layer).clone()
         self._explicit[layer] = (tok, tok.clone())
 
+    def _last(self, layer: int) -> int:
+        """The highest ordinal in an explicit layer, -1 if it is empty."""
+        tok, length = self._explicit[layer][0], self.length[layer]
+        ends = (int(tok[head, n - 1]) for head, n in enumerate(length.tolist()) if n)
+        return max(ends, default=-1)
+
+    def _append(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Ordinals beyond all that the layer holds, in all heads at once: what every decode step does."""
+        length, n = self.length[layer], len(tok)
+        self._widen(layer, int(length.max()) + n)
+        entry = length[:, None] + np.arange(n)
+        head = np.arange(len(length))[:, None]
+        self._own(slice(layer, layer + 1), slice(None), int(length.min()) // BLOCK, int(entry.max()) // BLOCK + 1)
+        for stored, values in zip(self._explicit[layer], (tok, pos)):
+            stored.numpy()[head, entry] = values.numpy()
+        slots = self.table[layer][head, entry // BLOCK].astype(np.int64) * BLOCK + entry % BLOCK
+        self.pool.layout.write(torch.from_numpy(np.ascontiguousarray(slots.T)), k, v)
+        self.length[layer] += n
+
+    def _widen(self, layer: int, entries: int) -> None:
+        """Room for the ordinals and positions of so many entries, and more when it has to grow."""
+        have = self._explicit[layer][0].shape[1]
+        if entries > have:
+            room = max(entries, 2 * have) - have
+            tok, pos = (torch.nn.functional.pad(stored, (0, room)) for stored in self._explicit[layer])
+            self._explicit[layer] = tok, pos
+
     def _upsert(self, layer: int, head: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Known ordinals are overwritten; new ones are appended, or sorted into the row's tail."""
         n = int(self.length[layer, head])
@@ -322,11 +354,8 @@ class RequestKV:
     def _rewrite(self, layer: int, head: int, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Entries from `at` on become these; the row ends with them."""
         end = at + len(tok)
+        self._widen(layer, end)
         stored = self._explicit[layer]
-        if end > stored[0].shape[1]:
-            room = max(end, 2 * stored[0].shape[1]) - stored[0].shape[1]
-            stored = (torch.nn.functional.pad(stored[0], (0, room)), torch.nn.functional.pad(stored[1], (0, room)))
-            self._explicit[layer] = stored
         stored[0][head, at:end], stored[1][head, at:end] = tok, pos
         self._put(layer, head, np.arange(at, end), k, v)
         self.length[layer, head] = end
