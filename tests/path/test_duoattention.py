@@ -75,7 +75,7 @@ def by_hand(sees: Callable[[int, int], Tensor], ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["strict", "reference"])
 def test_logits_are_those_of_a_plain_pass_with_the_cards_masks(gates: str, mode: str) -> None:
-    chunk = 150
+    chunk = 197  # the first token before the second chunk that its rows read is the last of a block
     live, got = ask(engine(gates, f",mode={mode}", chunk))
     ids = live.ids[:-1]
     row, key = torch.arange(len(ids))[:, None], torch.arange(len(ids))
@@ -156,8 +156,8 @@ def test_random_mixes_with_cancels_leave_nothing(gates: str, settings: str) -> N
 @functools.cache
 def _passkey_prompt() -> str:
     text = resources.files("firstlight").joinpath("evaluate", "texts", "moby-dick-chapter-87.txt").read_text("utf-8")
-    words = text.split()[:900]
-    words.insert(300, "\nThe passkey to the vault is 41873. Remember it.\n")
+    words = text.split()[:600]
+    words.insert(200, "\nThe passkey to the vault is 41873. Remember it.\n")
     return " ".join(words) + "\n\nThe passkey to the vault is"
 
 

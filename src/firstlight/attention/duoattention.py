@@ -69,23 +69,30 @@ class DuoAttention(Bound):
 
         The prompt decides that, not the chunk: so a row is dense or banded wherever a chunk happens to end.
         """
-        heads, sink, recent = self._maps[ctx.layer], self.config.sink, self.config.recent
-        if heads is None or max(int(ctx.pos[-1]) + 1, ctx.prompt_len) <= sink + recent:
+        heads = self._maps[ctx.layer]
+        if heads is None:
             return None
         begin, last = int(ctx.tok[0]), int(ctx.tok[-1])
+        rows, shared = ctx.state.get(self.name, (None, None))
+        if rows != (begin, last):  # what all layers share is made once a pass
+            shared = self._shared(begin, last, ctx)
+            ctx.state[self.name] = (begin, last), shared
+        return None if shared is None else AttnPlan(q_tile=Q_TILE, blk=BLOCK, head_map=heads, **shared)
+
+    def _shared(self, begin: int, last: int, ctx: PlanContext) -> dict[str, Tensor] | None:
+        """A plan for ordinals [begin, last], but for who follows which list."""
+        sink, recent = self.config.sink, self.config.recent
+        if max(int(ctx.pos[-1]) + 1, ctx.prompt_len) <= sink + recent:
+            return None
         first, tiles = begin // Q_TILE, last // Q_TILE - begin // Q_TILE + 1
         opened = self.config.mode == "reference" and begin < ctx.prompt_len
-        lists = _opened(max(begin - recent, 0), last) if opened else {}
-        return AttnPlan(
-            q_tile=Q_TILE,
-            blk=BLOCK,
-            head_map=heads,
-            tile_base=torch.tensor([0, tiles], dtype=torch.int32),
-            tile_first=torch.tensor([first], dtype=torch.int32),
-            tile_map=torch.zeros(tiles, dtype=torch.int32),
-            band=torch.tensor([[0, DENSE], [sink, recent]], dtype=torch.int32),
-            **lists,
-        )
+        return {
+            "tile_base": torch.tensor([0, tiles], dtype=torch.int32),
+            "tile_first": torch.tensor([first], dtype=torch.int32),
+            "tile_map": torch.zeros(tiles, dtype=torch.int32),
+            "band": torch.tensor([[0, DENSE], [sink, recent]], dtype=torch.int32),
+            **(_opened(max(begin - recent, 0), last) if opened else {}),
+        }
 
 
 def _opened(begin: int, last: int) -> dict[str, Tensor]:
