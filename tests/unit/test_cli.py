@@ -363,8 +363,11 @@ def test_bars_show_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch = bars.shares("fetching m")
         for share in (0.0, 0.5, 0.99):
             fetch(share)
+        for done in range(1, 5):
+            bars.tell(f"training: loss 0.{done}", done, 4)
         for done in range(3):
             bars(types.SimpleNamespace(phase="load", done=done, total=2, rid=None))
     shown = re.sub(r"\x1b\[[\d;?]*\w", "", screen.file.getvalue())
     assert "fetching m" in shown and "99%" in shown and "preparing the model" in shown
+    assert "training: loss 0.3" in shown and "75%" in shown, "news of the same work is no new work"
     assert "fetching" not in shown.rpartition("preparing")[2]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from firstlight.cache.pool import Pool
 from firstlight.cache.table import RequestKV
 from firstlight.cache.windows import Windows
+from firstlight.core.parts import Streams
 from firstlight.kernels.kv_layout import BLOCK
 from firstlight.reuse.prefix import PrefixCache
 
@@ -81,6 +82,17 @@ def test_a_request_never_holds_more_than_it_was_promised(seed: int) -> None:
     assert kv.reserved == kv.missing((0, NUM_LAYERS), 1) <= HEADS * NUM_LAYERS
     kv.release()
     assert pool.free == pool.total and pool.reserved == 0
+
+
+def test_streaming_half_of_the_heads_takes_little_more_than_half() -> None:
+    """smollm2 at 8,000 tokens in chunks of 1,024, wherever its streaming heads lie."""
+    dice = random.Random(1)
+    heads = [[dice.random() < 0.5 for _ in range(3)] for _ in range(30)]
+    windows = Windows.streaming(Streams(heads, 64, 256))
+    assert windows is not None and windows.margin == windows.every == 0
+    share = sum(map(sum, heads)) / 90
+    assert windows.promise(8001, 1024) <= (1 - share + 0.08) * 90 * 126
+    assert Windows.streaming(Streams([[False] * 3] * 30, 64, 256)) is None
 
 
 def test_places_that_keep_their_window_can_all_be_ended_at() -> None:

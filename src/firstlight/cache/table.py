@@ -203,11 +203,16 @@ class RequestKV:
             self.length[layer] = end
 
     def keep(self, layer: int, idx: Sequence[Tensor]) -> None:
-        """Only entries idx[h] (i64, ascending) of each head stay; blocks left over are freed."""
+        """Only entries idx[h] (i64, ascending) of each head stay; blocks left over are freed.
+
+        A head that keeps all is not touched.
+        """
         if layer not in self._explicit:
             self._make_explicit(layer)
         tok, pos = self._explicit[layer]
         for head, chosen in enumerate(idx):
+            if len(chosen) == self.length[layer, head]:
+                continue
             places = chosen.numpy()
             k, v = self.pool.layout.read(_long(self._slots(layer, head, places)))
             old_tok, old_pos = tok[head, chosen], pos[head, chosen]

@@ -61,16 +61,17 @@ class Bars:
         self._began.clear()
 
     def tell(self, label: str, done: float, total: float) -> None:
-        """A sink of the work that `label` names; called often.
+        """A sink of the work that `label` names; called often. What follows a colon is news of the same work.
 
         It does nothing on most calls, and nothing at all when stderr is not a terminal.
         """
         now = time.monotonic()
         if not self._console.is_terminal:
             return
-        if self._task is not None and self._task[0] != label:
+        work = label.partition(":")[0]
+        if self._task is not None and self._task[0] != work:
             self.close()
-        began = self._began.setdefault(label, now)
+        began = self._began.setdefault(work, now)
         if done >= total:
             self.close()
         elif now - began >= PATIENCE_S and now - self._shown >= REFRESH_S:
@@ -83,5 +84,5 @@ class Bars:
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
         if self._task is None:
-            self._task = label, self._bar.add_task(label, total=total)
-        self._bar.update(self._task[1], completed=done, total=total)
+            self._task = label.partition(":")[0], self._bar.add_task(label, total=total)
+        self._bar.update(self._task[1], description=label, completed=done, total=total)

@@ -176,8 +176,8 @@ def _train(gates: Gates, passkeys: Passkeys, notebook: Notebook) -> None:
     saved = began
     while len(gates.losses) < config.steps and not 0 < config.minutes * 60 < time.monotonic() - began:
         number = len(gates.losses)
-        gates.step(passkeys.draw(number, config.length(number)))
-        notebook.tell("training gates", number + 1, config.steps)
+        loss = gates.step(passkeys.draw(number, config.length(number)))
+        notebook.tell(f"training gates: loss {loss:.4f}", number + 1, config.steps)
         if time.monotonic() - saved > _SAVED_EVERY_S:
             notebook.write(gates.state())
             saved = time.monotonic()
