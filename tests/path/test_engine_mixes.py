@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from firstlight.core.parts import Capability, Keep, Retention
+from firstlight.core.parts import Capability, Cut, Keep, Obs, PartContext, Retention, RowPolicy
 from firstlight.core.registry import Method, Part, make_schedule
 from firstlight.core.request import Request, SamplingParams
 from firstlight.core.schedule import Event, Preempted, UnitDone, UnitYielded
@@ -67,7 +68,8 @@ def mix(engine: Engine, seed: int, chaos: bool = False) -> dict[str, str | None]
         shared = rng.choice([0, 0, 64, 100, length])
         ids = base[: min(shared, length)] + [rng.randrange(VOCABULARY) for _ in range(length - min(shared, length))]
         sampling = SamplingParams(max_tokens=rng.randint(1, 8), temperature=rng.choice([0, 0.8]), ignore_eos=True)
-        coming.append(Request(f"m{seed}-{i}", ids, sampling, priority=rng.choice([0, 0, 1])))
+        about = {"priority": rng.choice([0, 0, 1]), "ttft_slo_s": rng.choice([None, 1e-3, 0.05])}
+        coming.append(Request(f"m{seed}-{i}", ids, sampling, **about))
     ends: dict[str, str | None] = {}
     alive: list[str] = []
 
@@ -97,6 +99,40 @@ def mix(engine: Engine, seed: int, chaos: bool = False) -> dict[str, str | None]
     assert engine.pool.used == 0 and engine.pool.reserved == 0 and engine.machine.park.nbytes == 0
     assert not engine._queue and not engine._yielded
     return ends
+
+
+class ParksHalf(RowPolicy):
+    """A barrier and a cut: prompts that are cut in chunks wait there for their rest."""
+
+    def barriers(self) -> tuple[int, ...]:
+        return (0,)
+
+    def at_barrier(self, layer: int, tok: Tensor, obs: Obs | None, ctx: PartContext) -> Cut:
+        return Cut(keep=tok[::2], park=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_preempted", "num_yielded"),
+    [
+        ("layered:stage_tokens=16,max_tokens=90", 3, 0),
+        ("flowprefill:decode_every_ms=1,batch_tokens=90,max_parked=1", 3, 20),
+    ],
+)
+@pytest.mark.parametrize("parked", [False, True], ids=["plain", "barrier"])
+def test_every_schedule_leaves_nothing(
+    schedule: str, num_preempted: int, num_yielded: int, parked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pool that preempts; cancels reach units that stand half through, and requests between two groups."""
+    if parked:
+        part = Part("half", "tokens", ParksHalf(), None, Capability(alters_cells=False, prefix_stable=False))
+        monkeypatch.setattr(build, "make_parts", lambda methods: [part])
+    engine = tiny_engine(kv_memory=str(4 * COLUMN), schedule=schedule)
+    counted = Counted()
+    counted.watch(engine)
+    for seed in range(50):
+        counted.ends += mix(engine, seed).values()
+    assert counted.ends.count("cancelled") > 30 and counted.ends.count("length") > 60
+    assert counted.num_preempted >= num_preempted and counted.num_yielded >= num_yielded
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": "off"}, {"method": ["band:sink=16,window=32"]}])
@@ -181,8 +217,8 @@ def test_poisoned_free_blocks_never_reach_an_answer() -> None:
     assert answer(poison=True) == answer(poison=False)
 
 
-def written(path: Path, seed: int) -> Path:
-    engine = tiny_engine(kv_memory=str(4 * COLUMN), schedule="sarathi:token_budget=16", event_log=str(path))
+def written(path: Path, seed: int, schedule: str = "sarathi:token_budget=16") -> Path:
+    engine = tiny_engine(kv_memory=str(4 * COLUMN), schedule=schedule, event_log=str(path))
     mix(engine, seed)
     engine.close()
     return path
@@ -192,9 +228,13 @@ def fresh(config: ViewConfig):  # type: ignore[no-untyped-def]
     return make_schedule(Method(config.schedule["name"], **config.schedule["settings"]), config)
 
 
-def test_the_log_alone_makes_every_plan_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "schedule",
+    ["sarathi:token_budget=16", "layered:stage_tokens=16,max_tokens=90", "flowprefill:decode_every_ms=1"],
+)
+def test_the_log_alone_makes_every_plan_again(tmp_path: Path, schedule: str) -> None:
     for seed in range(200):
-        found = replay(written(tmp_path / "log", seed), fresh)
+        found = replay(written(tmp_path / "log", seed, schedule), fresh)
         assert found.steps and found.difference is None, str(found.difference)
 
 

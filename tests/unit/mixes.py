@@ -1,4 +1,4 @@
-"""Random request mixes played through the schedule on a virtual clock; what several tests look at."""
+"""Random request mixes played through the schedules on a virtual clock; what several tests look at."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from random import Random
+from typing import Any
 
 from hypothesis import strategies as st
 
 from firstlight.core.schedule import Event, Plan, Policy, Segment, UnitDone, UnitYielded, WorkUnit
-from firstlight.core.view import View, ViewConfig
+from firstlight.core.view import RequestView, View, ViewConfig
+from firstlight.schedule.flowprefill import FlowPrefill, FlowPrefillConfig
+from firstlight.schedule.layered import Layered, LayeredConfig
 from firstlight.schedule.sarathi import Sarathi, SarathiConfig
 from firstlight.simulate.executor import RowCost, SimExecutor, SimRequest, run
 
 SLICE_S = 0.005
+SCHEDULES: dict[type, type] = {SarathiConfig: Sarathi, LayeredConfig: Layered, FlowPrefillConfig: FlowPrefill}
+NAMES = {"sarathi": SarathiConfig, "layered": LayeredConfig, "flowprefill": FlowPrefillConfig}
 
 
 @dataclass(frozen=True)
 class Mix:
     config: ViewConfig
-    schedule: SarathiConfig
+    schedule: Any
     requests: tuple[SimRequest, ...]
 
-    def policy(self) -> Sarathi:
-        return Sarathi(self.schedule, self.config)
+    def policy(self) -> Any:
+        return SCHEDULES[type(self.schedule)](self.schedule, self.config)
 
     def executor(self) -> SimExecutor:
         return SimExecutor(self.config, RowCost(cell_s=5e-5), self.requests, SLICE_S)
@@ -80,16 +85,22 @@ def stretches(steps: Sequence[Step]) -> list[Stretch]:
     return found
 
 
+def ready(step: Step) -> list[RequestView]:
+    """Whom a new unit could hold."""
+    busy = {s.rid for live in step.view.units.values() for s in live.unit.segments}
+    return [r for r in step.view.requests.values() if r.state == "running" and r.rid not in busy]
+
+
 def rows(segments: Sequence[Segment]) -> int:
     return sum(s.tok[1] - s.tok[0] for s in segments)
 
 
-def mixes(max_requests: int = 8, max_output: int = 70) -> st.SearchStrategy[Mix]:
+def mixes(max_requests: int = 8, max_output: int = 70, schedule: str = "sarathi") -> st.SearchStrategy[Mix]:
     """From a seed, not draw by draw: hypothesis leans to small cases, in which nothing ever has to give way."""
-    return st.integers(0, 2**32).map(lambda seed: make_mix(Random(seed), max_requests, max_output))
+    return st.integers(0, 2**32).map(lambda seed: make_mix(Random(seed), max_requests, max_output, schedule))
 
 
-def make_mix(dice: Random, max_requests: int, max_output: int) -> Mix:
+def make_mix(dice: Random, max_requests: int, max_output: int, name: str = "sarathi") -> Mix:
     """Pools from roomy to hardly enough, so that preemption is common; cancels, barriers, hits and priorities."""
     num_layers = dice.choice([2, 4])
     columns = dice.choice([dice.randint(4, 6), dice.randint(5, 24)])
@@ -99,11 +110,24 @@ def make_mix(dice: Random, max_requests: int, max_output: int) -> Mix:
         total_blocks=3 * num_layers * columns,
         max_num_seqs=dice.choice([1, 4, 6, 6]),
         max_num_batched_tokens=dice.choice([200, 2048]),
-        schedule={"name": "sarathi", "settings": {}},
+        schedule={"name": name, "settings": {}},
     )
-    schedule = SarathiConfig(dice.choice([16, 64, 512]), dice.choice([0.0, 0.2, 5.0]), dice.random() < 0.7)
+    schedule = make_schedule(dice, name)
     n = dice.randint(1, max_requests)
     return Mix(config, schedule, tuple(make_request(dice, f"r{i}", config, max_output) for i in range(n)))
+
+
+def make_schedule(dice: Random, name: str) -> Any:
+    """Settings of a schedule, far from the defaults: the mixes are small."""
+    ageing_s = dice.choice([0.0, 0.2, 5.0])
+    if name == "layered":
+        return LayeredConfig(
+            dice.choice([16, 64, 512]), dice.choice([1, 3, 16]), dice.choice([50, 300, 8192]), ageing_s
+        )
+    if name == "flowprefill":
+        every, factor = dice.choice([0.0, 5.0, 40.0]), dice.choice([0.0, 1.0, 4.0])
+        return FlowPrefillConfig(every, factor, dice.choice([60, 300, 2048]), dice.choice([0, 1, 4]), ageing_s)
+    return SarathiConfig(dice.choice([16, 64, 512]), ageing_s, dice.random() < 0.7)
 
 
 def make_request(dice: Random, rid: str, config: ViewConfig, max_output: int) -> SimRequest:
@@ -122,4 +146,5 @@ def make_request(dice: Random, rid: str, config: ViewConfig, max_output: int) ->
         chunk=dice.choice([None, None, None, 50]),
         barriers=dice.choice([(), (), (0,), (0, config.num_layers - 2)]),
         priority=dice.choice([0, 0, 1, -1]),
+        ttft_slo_s=dice.choice([None, None, 0.01, 0.1, 0.1, dice.random()]),
     )

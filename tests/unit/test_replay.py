@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixes import Mix, mixes
+from mixes import NAMES, Mix, mixes
 from typer.testing import CliRunner
 
 from firstlight.cli.simulate import simulate
 from firstlight.core.errors import UserError
-from firstlight.core.schedule import Account, Admitted, Arrival, Event, Plan, UnitDone, event_from_json
-from firstlight.core.view import ViewConfig, _Fold
+from firstlight.core.schedule import Account, Admitted, Arrival, Event, Plan, UnitDone, UnitYielded, event_from_json
+from firstlight.core.view import View, ViewConfig, _Fold
 from firstlight.engine.eventlog import EventLog, canonical, read_log
 from firstlight.engine.replay import Replay, replay
+from firstlight.schedule.flowprefill import FlowPrefillConfig
 from firstlight.schedule.sarathi import Sarathi, SarathiConfig
 from firstlight.simulate.executor import SimRequest, run
 
@@ -45,12 +48,14 @@ def busy(tmp_path: Path) -> tuple[Mix, Path]:
     return mix, tmp_path / "busy.log"
 
 
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=200)
-@given(mix=mixes(max_requests=6, max_output=20))
-def test_the_log_alone(mix: Mix, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(data=st.data())
+def test_the_log_alone(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    mix = data.draw(mixes(max_requests=6, max_output=20, schedule=name))
     path = tmp_path_factory.getbasetemp() / "mix.log"
     write(mix, path)
-    found = replay(path, lambda config: Sarathi(mix.schedule, config))
+    found = replay(path, lambda config: replace(mix, config=config).policy())
     assert found.difference is None and found.steps == len(read_log(path)[1]) >= 1
 
 
@@ -69,6 +74,26 @@ def test_a_fold_that_loses_a_fact_is_found(busy: tuple[Mix, Path], monkeypatch: 
     whole = _Fold.event
     monkeypatch.setattr(_Fold, "event", lambda self, event: whole(self, replace(event, **BREAKS[fact](self, event))))
     assert replay(path, lambda config: Sarathi(mix.schedule, config)).difference is not None
+
+
+@pytest.mark.parametrize(
+    ("fact", "kind", "lost"),
+    [("ttft_slo_s", Arrival, None), ("n_uncached", Arrival, 0), ("dur", UnitDone, 1.0), ("dur", UnitYielded, 9.0)],
+)
+def test_what_flowprefill_reads_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fact: str, kind: type, lost: Any
+) -> None:
+    requests = [SimRequest(f"r{i}", i / 10, 3000 - 400 * i, 3, ttft_slo_s=(None, 0.4)[i % 2]) for i in range(6)]
+    mix = Mix(ViewConfig(2, 4, 4 * 400, 8, 512), FlowPrefillConfig(), tuple(requests))
+    write(mix, tmp_path / "flow.log")
+    assert replay(tmp_path / "flow.log", lambda config: mix.policy()).difference is None
+    whole = View.after
+
+    def forgets(view: View, now: float, events: Sequence[Event]) -> View:
+        return whole(view, now, [replace(e, **{fact: lost}) if isinstance(e, kind) else e for e in events])
+
+    monkeypatch.setattr(View, "after", forgets)
+    assert replay(tmp_path / "flow.log", lambda config: mix.policy()).difference is not None
 
 
 def test_a_policy_with_a_clock_or_a_memory_is_found(busy: tuple[Mix, Path], tmp_path: Path) -> None:
@@ -156,6 +181,6 @@ def test_command_line(busy: tuple[Mix, Path], monkeypatch: pytest.MonkeyPatch) -
     app.command()(simulate)
     same = CliRunner().invoke(app, ["--replay", str(busy[1])])
     assert same.exit_code == 0 and "all plans identical" in same.output and same.output.count("\n") == 1
-    monkeypatch.setattr(Sarathi, "_decode", lambda *_: None)
+    monkeypatch.setattr(Sarathi, "_generated", lambda *_: None)
     other = CliRunner().invoke(app, ["--replay", str(busy[1])])
     assert other.exit_code == 1 and "differs" in other.output

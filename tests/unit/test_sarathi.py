@@ -8,12 +8,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixes import SLICE_S, Mix, Step, Stretch, mixes, play, rows, stretches
+from mixes import SLICE_S, Mix, Step, Stretch, mixes, play, ready, rows, stretches
 
 from firstlight.core.errors import UserError
 from firstlight.core.schedule import Admitted, Arrival, Cut, Plan, Preempted, Segment, UnitDone
 from firstlight.core.view import RequestView, View, ViewConfig
-from firstlight.schedule.sarathi import Sarathi, SarathiConfig, _reach
+from firstlight.schedule.lane import reach
+from firstlight.schedule.sarathi import Sarathi, SarathiConfig
 from firstlight.simulate.executor import SimRequest
 
 # --- laws, on random mixes -------------------------------------------------------------------------------------------
@@ -22,16 +23,12 @@ from firstlight.simulate.executor import SimRequest
 @settings(max_examples=100)
 @given(mixes())
 def test_laws(mix: Mix) -> None:
-    """The executor itself refuses illegal segments, busy or cancelled requests and an over-committed pool."""
+    """Beside those of every schedule, which are in test_schedules.py."""
     steps = play(mix)
-    for request in mix.requests:
-        finished = len(request.token_at) == request.n_output
-        assert finished or request.cancel_at <= request.ended_at, f"{request.rid} didn't finish"
     policy = mix.policy()
     ran = stretches(steps)
     for step in steps:
         admissions_follow_rank(mix, step)
-        preemption_spares_the_first(mix, step)
         assert sum(live.state == "yielded" for live in step.view.units.values()) <= 1
         for unit in step.plan.submit:
             assert step.plan.admit == ()
@@ -39,18 +36,12 @@ def test_laws(mix: Mix) -> None:
                 a_unit_keeps_the_budget(policy, step, unit.segments)
             else:
                 a_long_unit_has_a_reason(policy, step, unit.segments)
-    prompts_are_tiled(mix, steps)
     decodes_never_miss_two(ran)
     gaps_are_bounded(mix, steps, ran)
 
 
 def rank(mix: Mix, request: RequestView) -> float:
     return request.arrival + request.priority * mix.schedule.ageing_s
-
-
-def ready(step: Step) -> list[RequestView]:
-    busy = {s.rid for live in step.view.units.values() for s in live.unit.segments}
-    return [r for r in step.view.requests.values() if r.state == "running" and r.rid not in busy]
 
 
 def admissions_follow_rank(mix: Mix, step: Step) -> None:
@@ -61,14 +52,6 @@ def admissions_follow_rank(mix: Mix, step: Step) -> None:
         for other in (r for r in waiting if r.rid not in step.plan.admit and r.arrival <= chosen.arrival):
             allowed = (other.priority - chosen.priority) * mix.schedule.ageing_s
             assert chosen.arrival - other.arrival < allowed or (chosen.arrival == other.arrival and allowed >= 0)
-
-
-def preemption_spares_the_first(mix: Mix, step: Step) -> None:
-    alive = [r for r in step.view.requests.values() if r.state == "running"]
-    for rid, how in step.plan.preempt:
-        assert how == "recompute" and not step.plan.submit and len(alive) > 1
-        assert rank(mix, step.view.requests[rid]) == max(rank(mix, r) for r in alive)
-        assert rid != min(alive, key=lambda r: rank(mix, r)).rid
 
 
 def is_indivisible(request: RequestView) -> bool:
@@ -84,25 +67,16 @@ def a_unit_keeps_the_budget(policy: Sarathi, step: Step, segments: tuple[Segment
     chosen = {s.rid: s for s in segments}
     assert len(chosen) == len(segments)
     assert {r.rid for r in ready(step) if r.is_decoding} <= set(chosen)
-    ranked = [r for r in policy._ranked(view) if r in ready(step) and not r.is_decoding]
+    ranked = [r for r in policy.ranked(view) if r in ready(step) and not r.is_decoding]
     first = next(iter(ranked), None)
     if first and is_indivisible(first) and first.rid not in chosen:
         ranked = ranked[1:]  # too long for a unit: its own turn is the next
     served = [r.rid in chosen for r in ranked]
     assert served == sorted(served, reverse=True), "a prompt was skipped"
-    for segment in (s for s in segments if s.kind == "prefill"):
-        a_chunk_is_honoured(view.requests[segment.rid], segment)
     if first and not is_indivisible(first) and not view.units:
         segment, least = chosen[first.rid], budget - policy.max_num_seqs + 1
         left = first.n_tokens - first.f[segment.layer[0]]
         assert rows([segment]) >= min(left, first.chunk or left, least)
-
-
-def a_chunk_is_honoured(request: RequestView, segment: Segment) -> None:
-    if request.whole_prompt:
-        assert segment.tok[1] == request.n_tokens
-    elif request.chunk:
-        assert rows([segment]) <= request.chunk
 
 
 def a_long_unit_has_a_reason(policy: Sarathi, step: Step, segments: tuple[Segment, ...]) -> None:
@@ -111,27 +85,6 @@ def a_long_unit_has_a_reason(policy: Sarathi, step: Step, segments: tuple[Segmen
     others = [r for r in ready(step) if r.rid != request.rid]
     assert rows(segments) > policy.budget - sum(r.is_decoding for r in others)
     assert is_indivisible(request) or (policy.config.lift and not others)
-    if segment.kind == "prefill":
-        a_chunk_is_honoured(request, segment)
-
-
-def prompts_are_tiled(mix: Mix, steps: list[Step]) -> None:
-    """Between admission and the end of a prompt each of its cells is computed once."""
-    cells: dict[str, Counter[tuple[int, int]]] = {}
-    units = {unit.uid: unit for step in steps for unit in step.plan.submit}
-    by_rid = {r.rid: r for r in mix.requests}
-    for event in (e for step in steps for e in step.events):
-        if isinstance(event, Admitted):
-            cells[event.rid] = Counter()
-        elif isinstance(event, Preempted):
-            cells.pop(event.rid)
-        elif isinstance(event, UnitDone):
-            for s in (s for s in units[event.uid].segments if s.kind == "prefill" and s.rid in cells):
-                cells[s.rid].update((t, layer) for t in range(*s.tok) for layer in range(*s.layer))
-            for rid in event.sampled:
-                r = by_rid[rid]
-                whole = {(t, layer) for t in range(r.n_hit, r.n_tokens) for layer in range(mix.config.num_layers)}
-                assert cells[rid].keys() == whole and max(cells[rid].values(), default=1) == 1
 
 
 def decodes_never_miss_two(ran: list[Stretch]) -> None:
@@ -268,8 +221,8 @@ def test_rows_after_a_cut_are_those_alive(kept: list[int], t0: int, room: int) -
     view = View.start(ViewConfig(2, 4, 400, 2, 512)).after(0.0, [Arrival("a", 150, 150, 12, 1, barriers=(0,))])
     view = view.after(0.0, [Admitted("a", 0, free_blocks=1), Cut("a", 0, tuple(kept), 0, free_blocks=1)])
     request = view.requests["a"]
-    assert _reach(request, t0, 0, room)[0] == min(150, t0 + room), "below the cut all rows are alive"
-    t1, n = _reach(request, t0, 1, room)
+    assert reach(request, t0, 0, room)[0] == min(150, t0 + room), "below the cut all rows are alive"
+    t1, n = reach(request, t0, 1, room)
     group_rows = [min(kept[g], max(0, min(t1, 64 * g + 64) - max(t0, 64 * g))) for g in range(3)]
     assert sum(group_rows) <= n <= room and min(150, t0 + room) <= t1 <= 150
 

@@ -13,26 +13,21 @@ What holds, with B = the budget and M = `max_num_seqs` < B:
   run. A long stretch gives way at the first slice point after the running time of the unit before it. So the gap
   between two tokens of a request that isn't preempted is at most two units of B rows and one slice.
 - Prompts: the first prompt in rank gets at least B - M + 1 rows of every unit, or half of the time as a long unit.
-- Ageing: rank = arrival + priority * `ageing_s`, lower first, for ever. Prompts are admitted and served in order of
-  rank without skipping (only a long one that waits for its turn lets the others have theirs), so a request is overtaken
-  only by those of a smaller priority number that arrive less than (difference of the numbers) * `ageing_s` seconds
-  after it; equal priorities are served in order of arrival.
-- Memory: a prompt is admitted when all its blocks are there. If the decodes' next blocks are not, the last in rank is
-  preempted by recompute, never the first: it always finishes, so every request does.
+- Ageing: prompts are admitted and served in order of rank (`schedule/lane.py`) without skipping; only a long one that
+  waits for its turn lets the others have theirs. So a request is overtaken only by those of a smaller priority number
+  that arrive less than (difference of the numbers) * `ageing_s` seconds after it; equal priorities are served in order
+  of arrival.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from firstlight.core.errors import UserError
-from firstlight.core.parts import Capability
-from firstlight.core.schedule import Event, Plan, Segment, WorkUnit
+from firstlight.core.schedule import Plan, Segment, WorkUnit
 from firstlight.core.view import RequestView, UnitView, View, ViewConfig
-
-KEPT_GROUP = 64
-"""Ordinals that one figure of `RequestView.kept` speaks for."""
+from firstlight.schedule.lane import OneLane, check_seconds, is_wanted, is_whole
 
 
 @dataclass(frozen=True)
@@ -46,21 +41,17 @@ class SarathiConfig:
     def __post_init__(self) -> None:
         if self.token_budget < 2:
             raise UserError(f"sarathi: token_budget={self.token_budget} is too small; give 2 or more")
-        if not 0 <= self.ageing_s < float("inf"):
-            raise UserError(f"sarathi: ageing_s={self.ageing_s} is no length of time; give 0 seconds or more")
+        check_seconds("sarathi", ageing_s=self.ageing_s)
 
 
-class Sarathi:
+class Sarathi(OneLane):
     """The schedule part of `sarathi`; see the head of this file for what it guarantees."""
 
-    name = "sarathi"
-    seam = "schedule"
     Config = SarathiConfig
-    capability = Capability(exact=True, alters_cells=False)
 
     def __init__(self, config: SarathiConfig, view_config: ViewConfig) -> None:
-        self.config, self.num_layers = config, view_config.num_layers
-        self.max_num_seqs = view_config.max_num_seqs
+        super().__init__(view_config, config.ageing_s)
+        self.config = config
         self.budget = min(config.token_budget, view_config.max_num_batched_tokens)
         if self.max_num_seqs >= self.budget:
             raise UserError(
@@ -68,77 +59,38 @@ class Sarathi:
                 "raise token_budget and max-num-batched-tokens, or lower max-num-seqs"
             )
 
-    def step(self, now: float, events: Sequence[Event], view: View) -> Plan:
-        admit = self._admit(view)
-        busy = {segment.rid for live in view.units.values() for segment in live.unit.segments}
-        ready = [r for r in self._ranked(view) if r.state == "running" and r.rid not in busy]
-        running = next((live for live in view.units.values() if live.state == "running"), None)
-        if running is not None:
-            return self._beside(running, now, view, ready, admit)
-        if admit:
-            # The answer comes at once, and the next unit should know it.
-            return Plan(admit=admit, memo=dict(view.memo))
-        return self._next(now, view, ready)
-
-    def _ranked(self, view: View) -> list[RequestView]:
-        return sorted(view.requests.values(), key=lambda r: r.arrival + r.priority * self.config.ageing_s)
-
-    def _admit(self, view: View) -> tuple[str, ...]:
-        """Waiting requests, strictly in order, while their whole prompts fit beside the running decodes' growth."""
-        if not any(r.is_waiting for r in view.requests.values()):
-            return ()
-        free = view.free_blocks - sum(r.grow for r in view.requests.values())
-        seats = self.max_num_seqs - sum(not r.is_waiting for r in view.requests.values())
-        admit: list[str] = []
-        for request in (r for r in self._ranked(view) if r.is_waiting):
-            free -= request.need_blocks
-            if free < 0 or len(admit) >= seats:
-                break
-            admit.append(request.rid)
-        return tuple(admit)
-
-    def _beside(
-        self, running: UnitView, now: float, view: View, ready: list[RequestView], admit: tuple[str, ...]
-    ) -> Plan:
-        """A unit runs. Only a long one gives way: to anything that can run, but not before its turn is over."""
+    def beside(self, running: UnitView, view: View, ready: list[RequestView], admit: tuple[str, ...]) -> Plan:
+        """Only a long unit gives way: to anything that can run, but not before its turn is over."""
         memo = dict(view.memo)
         if running.unit.yield_at == "none" or not (admit or self._pack(ready)):
             return Plan(admit=admit, memo=memo)
-        until = memo.get("until", now)
-        if now < until:
+        until = memo.get("until", view.now)
+        if view.now < until:
             return Plan(admit=admit, wake_at=until, memo=memo)
         return Plan(admit=admit, yield_=(running.unit.uid,), memo=memo)
 
-    def _next(self, now: float, view: View, ready: list[RequestView]) -> Plan:
-        """No unit runs: the long one and the others take turns."""
+    def next(self, view: View, ready: list[RequestView]) -> Plan:
+        """The long one and the others take turns."""
         held = next(iter(view.units.values()), None)
         alone = None if held else self._long(ready)
         segments = self._pack([r for r in ready if alone is None or r.rid != alone.rid])
         its_turn = not segments or view.last is None or view.last.yield_at == "none"
-        if its_turn and (alone or (held and _is_wanted(held, view))):
-            until = now + view.last_s if segments else None
-            memo = {} if until is None else {"until": until}
+        if its_turn and (alone or (held and is_wanted(held, view))):
+            until = view.now + view.last_s if segments else None
+            memo: dict[str, Any] = {} if until is None else {"until": until}
             if held:
                 return Plan(resume=(held.unit.uid,), wake_at=until, memo=memo)
             assert alone is not None
             return Plan(submit=(WorkUnit(view.next_uid, (alone,), "slice"),), wake_at=until, memo=memo)
-        return self._submit(view, segments)
-
-    def _submit(self, view: View, segments: tuple[Segment, ...]) -> Plan:
-        """A unit of the others, once the blocks that its decodes grow into are there."""
-        growth = sum(view.requests[s.rid].grow for s in segments if s.kind == "decode")
-        if growth > view.free_blocks:
-            last = [r for r in self._ranked(view) if r.state == "running"][1:][-1:]
-            return Plan(preempt=tuple((r.rid, "recompute") for r in last))
-        return Plan(submit=(WorkUnit(view.next_uid, segments),)) if segments else Plan()
+        return self.submit(view, segments, {})
 
     def _pack(self, ready: list[RequestView]) -> tuple[Segment, ...]:
         """All decodes, and in order of rank the chunks that fit the budget beside them; decode rows last."""
-        decodes = [self._decode(r) for r in ready if r.is_decoding]
+        decodes = self.decodes(ready)
         room = self.budget - len(decodes)
         chunks: list[Segment] = []
         for request in (r for r in ready if not r.is_decoding):
-            chunk, rows = self._chunk(request, room)
+            chunk, rows = self.chunk(request, room)
             if chunk is None:
                 break
             chunks.append(chunk)
@@ -149,51 +101,7 @@ class Sarathi:
     def _long(self, ready: list[RequestView]) -> Segment | None:
         """The first prompt or replay in rank, if it is alone or indivisible, and too long for the budget."""
         first = next((r for r in ready if not r.is_decoding), None)
-        if first is None or not (_is_whole(first) or (self.config.lift and len(ready) == 1)):
+        if first is None or not (is_whole(first) or (self.config.lift and len(ready) == 1)):
             return None
-        segment, rows = self._chunk(first, first.n_known)
+        segment, rows = self.chunk(first, first.n_known)
         return segment if rows > self.budget - sum(r.is_decoding for r in ready) else None
-
-    def _decode(self, request: RequestView) -> Segment:
-        return Segment(request.rid, "decode", (request.f[-1], request.n_known), (0, self.num_layers))
-
-    def _chunk(self, request: RequestView, room: int) -> tuple[Segment | None, int]:
-        """The next at most `room` rows of a prompt or of a replay, and their number; None if they don't fit."""
-        if not request.is_prefilling:
-            rows = request.n_known - request.f[-1]
-            return (self._decode(request), rows) if rows <= room else (None, 0)
-        l0 = next(layer for layer, done in enumerate(request.f) if done < request.n_tokens)
-        t0 = request.f[l0]
-        room = room if _is_whole(request) else min(room, request.chunk or room)
-        t1, rows = _reach(request, t0, l0, room)
-        if t1 == t0 or (_is_whole(request) and t1 < request.n_tokens):
-            return None, 0
-        one_shot = (t0, t1) == (0, request.n_tokens)
-        # Below a barrier the strips wait until all of the prompt is there, unless it comes as one.
-        l1 = self.num_layers if one_shot else min((c + 1 for c in request.barriers if c >= l0), default=self.num_layers)
-        return Segment(request.rid, "prefill", (t0, t1), (l0, l1)), rows
-
-
-def _is_whole(request: RequestView) -> bool:
-    """Its next segment can't be cut; `whole_prompt` outranks `chunk`."""
-    return request.whole_prompt or not request.is_prefilling
-
-
-def _is_wanted(held: UnitView, view: View) -> bool:
-    return any(view.requests[s.rid].state == "running" for s in held.unit.segments)
-
-
-def _reach(request: RequestView, t0: int, layer: int, room: int) -> tuple[int, int]:
-    """The furthest t1 such that at most `room` rows of [t0, t1) are alive at a layer, and their number."""
-    if layer <= request.cut_layer or not request.kept:
-        t1 = min(request.n_tokens, t0 + room)
-        return t1, t1 - t0
-    t1 = t0
-    left = room
-    while t1 < request.n_tokens:
-        end = min((t1 // KEPT_GROUP + 1) * KEPT_GROUP, request.n_tokens)
-        rows = min(request.kept[t1 // KEPT_GROUP], end - t1)
-        if rows > left:
-            return t1 + left, room
-        t1, left = end, left - rows
-    return t1, room - left

@@ -31,6 +31,7 @@ class SimRequest:
     chunk: int | None = None
     barriers: tuple[int, ...] = ()
     priority: int = 0
+    ttft_slo_s: float | None = None
     admitted_at: list[float] = field(default_factory=list)
     token_at: list[float] = field(default_factory=list)
     ended_at: float | None = None
@@ -50,6 +51,7 @@ class SimRequest:
             chunk=self.chunk,
             barriers=self.barriers,
             priority=self.priority,
+            ttft_slo_s=self.ttft_slo_s,
         )
 
 
@@ -231,6 +233,8 @@ class SimExecutor:
 
     def _preempt(self, rid: str, how: PreemptHow) -> None:
         need = 0
+        if any(len(live.segments) > 1 for live in self._live.values() if any(s.rid == rid for s in live.segments)):
+            raise ValueError(f"{rid} shares a live unit and can't be preempted")
         self._held[rid].parked = True
         if how == "recompute":
             need = self._blocks(self.requests[rid].n_known + 1)
