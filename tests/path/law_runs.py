@@ -46,7 +46,7 @@ class Watched(Engine):
         return super()._sample(lives, work)
 
 
-def engine(model: Decoder, policy: Policy | None, columns: int, parts: Sequence[Part], cached: bool) -> Watched:
+def engine(model: Decoder, policy: Policy | str, columns: int, parts: Sequence[Part], cached: bool) -> Watched:
     config = model.config
     per_column = config.num_layers * config.num_kv_heads
     pool = Pool(columns * per_column, config.head_dim, model.dtype)
@@ -54,7 +54,7 @@ def engine(model: Decoder, policy: Policy | None, columns: int, parts: Sequence[
     made = Watched(
         Machine(model, model.ops, ParkStore()),
         pool,
-        policy or make_schedule(Method("sarathi"), view),
+        make_schedule(Method.parse(policy), view) if isinstance(policy, str) else policy,
         view,
         Limits(8192, deterministic=True, windows=model.windows),
         parts,
@@ -64,33 +64,51 @@ def engine(model: Decoder, policy: Policy | None, columns: int, parts: Sequence[
     return made
 
 
-def run(made: Watched, asked: list[Asked], chaos: int | None = None) -> Logits:
-    """All rows' logits of all requests, with stops and thread counts at random under `chaos`."""
+def run(made: Watched, asked: list[Asked], chaos: int | None = None, later: bool = False) -> Logits:
+    """All rows' logits of all requests, with stops and thread counts at random under `chaos`.
+
+    All come at the beginning, or all but the first `later`, inside units too.
+    """
     rng = random.Random(chaos)
-    if chaos is not None:
-        made.on_stop = lambda work, stop: made.nudge() if rng.random() < 0.03 else None
-    for one in asked:
-        made.seen[one.rid] = {}
+    coming = [_request(made, one, rng if later else None) for one in asked]
 
-        def sink(tok: Tensor, logits: Tensor, rid: str = one.rid) -> None:
-            made.seen[rid] |= dict(zip(tok.tolist(), logits.clone()))
+    def at_a_stop(*_: object) -> None:
+        if chaos is not None and rng.random() < 0.03:
+            made.nudge()
+        if coming and rng.random() < 0.05:
+            made.add(coming.pop())
 
-        sampling = SamplingParams(max_tokens=one.new_tokens, ignore_eos=True)
-        made.add(Request(one.rid, one.ids, sampling, logits_at="all", logits_sink=sink))
-    while made.has_work:
+    made.on_stop = at_a_stop
+    while coming and (not later or not made.has_work):
+        made.add(coming.pop(0))
+    while made.has_work or coming:
         if chaos is not None:
             torch.set_num_threads(rng.choice([1, 2]))
+        if not made.has_work:
+            made.add(coming.pop())
         made.step()
         made.pool.check()
     assert made.pool.used == 0 and made.pool.reserved == 0 and made.machine.park.nbytes == 0
     return made.seen
 
 
+def _request(made: Watched, one: Asked, rng: random.Random | None) -> Request:
+    """With a place for its logits; more or less urgent if there are dice."""
+    made.seen[one.rid] = {}
+
+    def sink(tok: Tensor, logits: Tensor) -> None:
+        made.seen[one.rid] |= dict(zip(tok.tolist(), logits.clone()))
+
+    sampling = SamplingParams(max_tokens=one.new_tokens, ignore_eos=True)
+    slo = rng.choice([None, 1e-3, 0.02, 1.0]) if rng else None
+    return Request(one.rid, one.ids, sampling, logits_at="all", logits_sink=sink, ttft_slo_s=slo)
+
+
 def one_shot(model: Decoder, asked: list[Asked], parts: Sequence[Part] = ()) -> Logits:
     """Each request alone, its prompt in one segment."""
     seen: Logits = {}
     for one in asked:
-        seen |= run(engine(model, None, 64, parts, cached=False), [one])
+        seen |= run(engine(model, "sarathi", 64, parts, cached=False), [one])
     return seen
 
 
@@ -101,6 +119,12 @@ def chaotic(
     policy = Chaos(seed, model.config.num_layers)
     columns = max(2 * (len(a.ids) + a.new_tokens) // 64 + 4 for a in asked)
     return run(engine(model, policy, columns, parts, cached), asked, chaos=seed), policy
+
+
+def scheduled(model: Decoder, asked: list[Asked], schedule: str, seed: int, parts: Sequence[Part] = ()) -> Logits:
+    """Requests that come one after the other, under one of the schedules."""
+    columns = 2 * sum(len(a.ids) + a.new_tokens for a in asked) // 64 + 4
+    return run(engine(model, schedule, columns, parts, cached=False), asked, chaos=seed, later=True)
 
 
 def differences(got: Logits, want: Logits) -> list[tuple[str, int, float]]:
@@ -118,4 +142,4 @@ def only_sampled(logits: Logits, asked: list[Asked]) -> Logits:
     return {a.rid: {t: row for t, row in logits[a.rid].items() if t >= len(a.ids) - 1} for a in asked}
 
 
-__all__ = ["Asked", "chaotic", "differences", "engine", "one_shot", "only_sampled", "replace", "run"]
+__all__ = ["Asked", "chaotic", "differences", "engine", "one_shot", "only_sampled", "replace", "run", "scheduled"]

@@ -19,7 +19,7 @@ from firstlight.models.decoder import Decoder
 from firstlight.models.families import FAMILIES, build_model
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.store import load_weights
-from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled
+from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled, scheduled
 from tests.path.laws import Everything
 from tests.tiny import tiny_model
 
@@ -88,6 +88,24 @@ def test_the_same_under_a_row_policy(deep: Decoder, seed: int) -> None:
     assert sum(len(r) for r in want.values()) < sum(len(a.ids) + a.new_tokens for a in asked) or all(
         len(a.ids) < 10 for a in asked
     ), "the policy cut nothing"
+
+
+SCHEDULES = [
+    "sarathi:token_budget=40",
+    "layered:stage_tokens=30,max_tokens=500",
+    "flowprefill:decode_every_ms=1,batch_tokens=300",
+]
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@settings(max_examples=EXAMPLES // 4)
+@given(seed=seeds)
+def test_every_schedule_on_a_tiny_model(schedule: str, kind: str, seed: int) -> None:
+    """Requests come while others run; a row policy drops, parks and waits at a barrier in half of the examples."""
+    model = tiny_model(**TINY[kind], num_layers=5)
+    asked, rows = example(seed, LENGTHS, 320), [Everything(seed, 5).part()] if seed % 2 else []
+    assert differences(scheduled(model, asked, schedule, seed, rows), one_shot(model, asked, rows)) == []
 
 
 @settings(max_examples=EXAMPLES)
