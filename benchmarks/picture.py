@@ -84,13 +84,21 @@ def limits_of(rows: Iterable[dict[str, Any]]) -> dict[bool, list[Point]]:
 
 
 class Axes:
-    """Logarithmic axes that hold some points."""
+    """Logarithmic axes that hold some points; ticks stand at the x that occur."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    label = "prompt tokens"
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         lengths, seconds = [x for x, _ in points], [y for _, y in points]
-        self.lengths = sorted(set(lengths))
+        self.lengths = self.ticks_x(sorted(set(lengths)))
         self.x0, self.x1 = math.log(min(lengths) / 1.2), math.log(max(lengths) * 1.2)
         self.y0, self.y1 = math.log(min(seconds) / 1.3), math.log(max(seconds) * 1.3)
+
+    def ticks_x(self, places: list[float]) -> list[float]:
+        return places
+
+    def text_x(self, place: float) -> str:
+        return f"{place:,}"
 
     def at(self, length: float, seconds: float) -> tuple[float, float]:
         """Pixels of a point."""
@@ -102,21 +110,25 @@ class Axes:
         bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
         parts = [f'<path d="M{LEFT} {TOP}V{bottom}H{right}" fill="none" stroke="#333"/>']
         for seconds in self._ticks():
-            y = self.at(self.lengths[0], seconds)[1]
+            y = self.at(1, seconds)[1]
             parts.append(f'<path d="M{LEFT} {y}H{right}" stroke="#ddd"/>')
             parts.append(_text(LEFT - 6, y + 4, f"{seconds:g} s", 12, "end"))
         for length in self.lengths:
             x = self.at(length, 1)[0]
             parts.append(f'<path d="M{x} {bottom}v5" stroke="#333"/>')
-            parts.append(_text(x, bottom + 20, f"{length:,}", 12, "middle"))
-        parts.append(_text((LEFT + right) / 2, bottom + 42, "prompt tokens", 13, "middle"))
+            parts.append(_text(x, bottom + 20, self.text_x(length), 12, "middle"))
+        parts.append(_text((LEFT + right) / 2, bottom + 42, self.label, 13, "middle"))
         return parts
 
     def _ticks(self) -> list[float]:
-        """1, 2, 5 of every power of ten in the range."""
-        powers = range(math.floor(self.y0 / math.log(10)), math.ceil(self.y1 / math.log(10)) + 1)
-        ticks = (digit * 10.0**power for power in powers for digit in (1, 2, 5))
-        return [tick for tick in ticks if self.y0 <= math.log(tick) <= self.y1]
+        return round_between(self.y0, self.y1)
+
+
+def round_between(low: float, high: float) -> list[float]:
+    """1, 2, 5 of every power of ten whose logarithm is in a range."""
+    powers = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+    ticks = (digit * 10.0**power for power in powers for digit in (1, 2, 5))
+    return [tick for tick in ticks if low <= math.log(tick) <= high]
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
@@ -10,10 +10,10 @@ import pytest
 
 from firstlight.cli import docs
 
-SPEC = importlib.util.spec_from_file_location("picture", docs.checkout() / "benchmarks" / "picture.py")
-assert SPEC is not None and SPEC.loader is not None
-drawing = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(drawing)
+sys.path.insert(0, str(docs.checkout() / "benchmarks"))
+import frontier
+import picture as drawing
+
 MACHINE = {"cpu": "A & B", "isa": "avx2", "threads": 2, "commit": None}
 
 
@@ -55,3 +55,23 @@ def test_it_is_svg_and_holds_both_kinds_and_what_is_missing() -> None:
 def test_nothing_measured_is_said() -> None:
     with pytest.raises(SystemExit, match="no engine was measured"):
         drawing.picture("m", [failed("a", "why")])
+
+
+def schedule(name: str, ttft: float, p99: float, urgent: float | None = None, **about: Any) -> dict[str, Any]:
+    figures = {"ttft_s": {"median": ttft}, "ttft_alone_s": 1.0, "itl_s": {"p99": p99}, "itl_alone_s": {"p50": 0.01}}
+    late = None if urgent is None else {"over_s": {"p95": urgent}}
+    scene = {"streams": 4, "stream_tokens": 256, "prompt_tokens": 8000, "exact": True}
+    return {"model": "m", "machine": MACHINE, "schedule": name, "urgent": late, **figures, **scene, **about}
+
+
+def test_the_frontier_joins_whom_nobody_beats() -> None:
+    old, other = schedule("a", 9.0, 9.0), schedule("gone", 0.1, 0.1, prompt_tokens=9)
+    rows = [old, other, schedule("a", 2.0, 0.5, 0.03), schedule("b", 5.0, 0.05), schedule("c", 6.0, 0.6)]
+    root = ElementTree.fromstring(frontier.frontier("m", rows))
+    (line,) = [e for e in root.iter() if e.tag.endswith("polyline")]
+    assert len((line.get("points") or "").split()) == 2
+    colours = [e.get("fill") for e in root.iter() if e.tag.endswith("circle")]
+    assert colours == [frontier.FRONT, frontier.FRONT, frontier.BEATEN]
+    said = [e.text or "" for e in root.iter() if e.tag.endswith("text")]
+    assert "2.00 s, 500 ms, urgent +30 ms (p95)" in said and "1  a" in said and not [s for s in said if "gone" in s]
+    assert "8,000 tokens arrive beside 4 streams: m" in " ".join(said)

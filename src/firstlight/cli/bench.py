@@ -16,6 +16,7 @@ from rich.table import Table
 
 from firstlight.cli.breakdown import duration
 from firstlight.cli.inputs import numbers
+from firstlight.cli.itl import itl
 from firstlight.cli.load import load
 from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
@@ -107,6 +108,7 @@ def decode(
 
 app.command()(throughput)
 app.command()(load)
+app.command()(itl)
 
 
 @app.command()
