@@ -16,6 +16,9 @@ from firstlight.cli import docs
 from firstlight.cli.main import call
 from firstlight.core import registry
 from firstlight.core.errors import UserError
+from firstlight.core.registry import Method, make_schedule
+from firstlight.core.view import ViewConfig
+from firstlight.simulate.executor import RowCost, SimExecutor, SimRequest, run
 from tests.tiny import save_tiny
 
 PAGE = (docs.checkout() / "CONTRIBUTING.md").read_text("utf-8")
@@ -66,6 +69,7 @@ def test_the_page_holds_a_package() -> None:
         "# my_methods/dilated.py",
         "# my_methods/every_other.py",
         "# my_methods/thinning.py",
+        "# my_methods/shortest.py",
     ]
 
 
@@ -94,6 +98,20 @@ def test_the_editor_decides_what_the_tokens_are(package: None, model: Path) -> N
     with LLM(model, methods=["every_other:rate=0.25"], precision="f32", threads=1) as llm:
         out = llm.generate("0123456789ABCDEF\n\nwhy?", SamplingParams(max_tokens=1))[0]
         assert llm.tokenizer.decode(out.prompt_ids) == "048C\n\nwhy?"
+
+
+def test_the_policy_decides_the_order(package: None, model: Path) -> None:
+    """In the engine the answer is the same; on a clock of its own the order is the policy's, and a log replays."""
+    assert answer(model, schedule="shortest")["token_ids"] == answer(model)["token_ids"]
+    config = ViewConfig(LAYERS, 6, 6 * 400, 8, 2048, schedule={"name": "shortest", "settings": {}})
+    prompts = [SimRequest(f"r{n}", 0.01, n, 20) for n in (900, 30, 400)]
+    run(make_schedule(Method("shortest"), config), SimExecutor(config, RowCost(), prompts))
+    assert sorted(prompts, key=lambda r: r.token_at[0]) == sorted(prompts, key=lambda r: r.n_tokens)
+    patient = [SimRequest(f"r{n}", 0.0, n, 20) for n in (900, 30)]
+    run(make_schedule(Method("shortest", patience_s=0.0), config), SimExecutor(config, RowCost(), patient))
+    assert patient[0].token_at[0] < patient[1].token_at[0]
+    with pytest.raises(UserError, match=r"patience_s=.* is no length of time"):
+        answer(model, schedule="shortest:patience_s=-1")
 
 
 def test_off_they_are_exactly_dense(package: None, model: Path) -> None:
