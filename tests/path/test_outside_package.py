@@ -107,9 +107,9 @@ def test_the_policy_decides_the_order(package: None, model: Path) -> None:
     prompts = [SimRequest(f"r{n}", 0.01, n, 20) for n in (900, 30, 400)]
     run(make_schedule(Method("shortest"), config), SimExecutor(config, RowCost(), prompts))
     assert sorted(prompts, key=lambda r: r.token_at[0]) == sorted(prompts, key=lambda r: r.n_tokens)
-    patient = [SimRequest(f"r{n}", 0.0, n, 20) for n in (900, 30)]
+    patient = [SimRequest(f"r{n}", at / 1e4, n, 20) for at, n in enumerate((400, 900, 30))]
     run(make_schedule(Method("shortest", patience_s=0.0), config), SimExecutor(config, RowCost(), patient))
-    assert patient[0].token_at[0] < patient[1].token_at[0]
+    assert sorted(patient, key=lambda r: r.token_at[0]) == patient
     with pytest.raises(UserError, match=r"patience_s=.* is no length of time"):
         answer(model, schedule="shortest:patience_s=-1")
 

@@ -302,7 +302,8 @@ class Pass:
     ) -> AttnCall:
         """The attention call of members that lie together in the batch."""
         model, only, lo = self.machine.model, members[0], members[0].lo
-        plan = None if only.live.planner is None else only.live.planner.plan(self._plan_context(layer, only, q))
+        planner = only.live.planner if len(only.tok) else None
+        plan = None if planner is None else planner.plan(self._plan_context(layer, only, q))
         return AttnCall(
             q=q[lo:] if lo else q,
             rows=rows,

@@ -222,7 +222,7 @@ def _cells(subject: Subject) -> str | None:
         for live in lives:
             _check_table(live.kv, live.num_known)
     for live in lives:
-        held = live.computed + live.n_cached * LAYERS + live.reused
+        held = sum(live.computed) + live.n_cached * LAYERS + live.reused
         if not 0 < held <= live.num_prompt * LAYERS:
             raise Broken(f"{live.rid}: {held} cells of {live.num_prompt * LAYERS} were computed or reused")
     return None
