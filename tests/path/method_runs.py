@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from firstlight.core.request import Request, SamplingParams
-from firstlight.core.schedule import Timer
 from firstlight.engine.engine import Engine
 from firstlight.engine.live import LiveRequest
-from tests.path.laws import Chaos
+from firstlight.evaluate.chaos import Chaos
 from tests.tiny import VOCABULARY, tiny_engine
 
 Ordinals = list[list[int]]
@@ -44,7 +43,7 @@ def method_engine(*methods: str, layers: int = 5, chaos: int | None = None, **op
     if chaos is not None:
         rng = random.Random(chaos)
         engine.policy = Chaos(chaos, layers)
-        engine.on_stop = lambda work, stop: engine._inbox.append(Timer()) if rng.random() < 0.03 else None
+        engine.on_stop = lambda work, stop: engine.nudge() if rng.random() < 0.03 else None
     return engine
 
 

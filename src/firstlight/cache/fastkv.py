@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -37,6 +38,8 @@ class FastKVRetention(Retention):
     """The cache part: at the end of a prompt, in layers that read all tokens. Window layers forget by themselves."""
 
     Config = FastKVRetentionConfig
+    identity: ClassVar = {"retain_rate": 1.0}
+    trial: ClassVar = {"retain_rate": 0.2}
     capability = Capability(exact=False, alters_cells=False, last_rows=8)
 
     def __init__(self, config: FastKVRetentionConfig) -> None:

@@ -177,6 +177,9 @@ class RequestKV:
         if self._last(layer) < first:
             self._append(layer, tok, pos, k, v)
             return
+        if self._is_common(layer):
+            self._upsert(layer, None, tok, pos, k, v)
+            return
         for head in range(k.shape[1]):
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
@@ -314,6 +317,12 @@ class RequestKV:
         ends = (int(tok[head, n - 1]) for head, n in enumerate(length.tolist()) if n)
         return max(ends, default=-1)
 
+    def _is_common(self, layer: int) -> bool:
+        """Whether all heads of an explicit layer hold the same ordinals."""
+        length = self.length[layer]
+        tok = self._explicit[layer][0][:, : int(length[0])]
+        return bool((length == length[0]).all()) and bool((tok == tok[:1]).all())
+
     def _append(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Ordinals beyond all that the layer holds, in all heads at once: what every decode step does."""
         length, n = self.length[layer], len(tok)
@@ -335,10 +344,13 @@ class RequestKV:
             tok, pos = (torch.nn.functional.pad(stored, (0, room)) for stored in self._explicit[layer])
             self._explicit[layer] = tok, pos
 
-    def _upsert(self, layer: int, head: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Known ordinals are overwritten; new ones are appended, or sorted into the row's tail."""
-        n = int(self.length[layer, head])
-        have = self._explicit[layer][0][head, :n]
+    def _upsert(self, layer: int, head: int | None, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Known ordinals are overwritten; new ones are sorted into the row's tail.
+
+        k, v: [n, D]; or [n, Hkv, D] for head None, which means all of them, if they hold the same ordinals.
+        """
+        n = int(self.length[layer, head or 0])
+        have = self._explicit[layer][0][head or 0, :n]
         at = torch.searchsorted(have, tok)
         known = torch.zeros(len(tok), dtype=torch.bool)
         known[at < n] = have[at[at < n]] == tok[at < n]
@@ -347,23 +359,25 @@ class RequestKV:
         if bool(new.any()):
             self._insert(layer, head, int(at[new][0]), tok[new], pos[new], k[new], v[new])
 
-    def _insert(self, layer: int, head: int, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+    def _insert(self, layer: int, head: int | None, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Merge new entries with those from entry `at` on."""
-        n = int(self.length[layer, head])
-        old_tok, old_pos = (t[head, at:n] for t in self._explicit[layer])
-        old_k, old_v = self.pool.layout.read(_long(self._slots(layer, head, np.arange(at, n))))
+        n = int(self.length[layer, head or 0])
+        old_tok, old_pos = (t[head or 0, at:n] for t in self._explicit[layer])
+        slots = _long(self._slots(layer, head, np.arange(at, n)))
+        old_k, old_v = (t.view(n - at, *k.shape[1:]) for t in self.pool.layout.read(slots))
         order = torch.argsort(torch.cat([old_tok, tok]))
         joined = (torch.cat(pair)[order] for pair in ((old_tok, tok), (old_pos, pos), (old_k, k), (old_v, v)))
         self._rewrite(layer, head, at, *joined)
 
-    def _rewrite(self, layer: int, head: int, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
+    def _rewrite(self, layer: int, head: int | None, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Entries from `at` on become these; the row ends with them."""
         end = at + len(tok)
         self._widen(layer, end)
         stored = self._explicit[layer]
-        stored[0][head, at:end], stored[1][head, at:end] = tok, pos
+        rows = slice(None) if head is None else head
+        stored[0][rows, at:end], stored[1][rows, at:end] = tok, pos
         self._put(layer, head, np.arange(at, end), k, v)
-        self.length[layer, head] = end
+        self.length[layer, rows] = end
 
     def _trim(self, layer: int, head: int) -> None:
         """Free the blocks behind the row's last entry."""

@@ -8,6 +8,7 @@ then the rows with most attention from the last `window` rows go on. Which K/V s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class FastKVRows(RowPolicy):
     """The tokens part: one barrier, one cut."""
 
     Config = FastKVRowsConfig
+    identity: ClassVar = {"tsp_rate": 1.0}
+    trial: ClassVar = {"tsp_idx": 1, "tsp_rate": 0.3}
     capability = Capability(exact=False, prefix_stable=False, last_rows=8, calibration=True)
 
     def __init__(self, config: FastKVRowsConfig) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class LazyLLM(RowPolicy):
     """The tokens part: a barrier at each boundary in prefill, a choice at each boundary in every decode step."""
 
     Config = LazyLLMConfig
+    identity: ClassVar = {"keep": (1.0,)}
+    trial: ClassVar = {"boundaries": (1, 3), "keep": (0.6,)}
     capability = Capability(exact=False, prefix_stable=False)
 
     def __init__(self, config: LazyLLMConfig) -> None:
