@@ -165,9 +165,15 @@ def calibrate(llm: LLM, config: Config, notebook: Notebook) -> Found:
     if done := notebook.read():
         gates.load(done)
     _train(gates, passkeys, notebook)
-    recent = gates.losses[-_INTERVALS:]
-    values = {"gates": gates.alpha.tolist(), "steps": len(gates.losses), "loss": sum(recent) / len(recent)}
-    return Found(values, {NAME: text})
+    return Found(_values(gates), {NAME: text})
+
+
+def _values(gates: Gates) -> dict[str, Any]:
+    """What the method needs, and what tells how far the training came."""
+    last = gates.losses[-_INTERVALS:]
+    loss = sum(last) / len(last) if last else 0.0
+    rows = [[round(gate, 4) for gate in row] for row in gates.alpha.tolist()]
+    return {"gates": rows, "steps": len(gates.losses), "loss": round(loss, 6)}
 
 
 def _train(gates: Gates, passkeys: Passkeys, notebook: Notebook) -> None:
