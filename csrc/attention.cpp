@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "vec.h"
+#include "tile.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
@@ -25,44 +25,16 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-// c[MR rows, NV vectors] = sum over `count` parts of a[MR, groups] b[groups, ..]: parts lie `a_part` scalars apart in a.
-template <class T, int MR, int NV>
+// c[R rows, N vectors] = sum over `count` parts of a[R, groups] b[groups, ..]: parts lie `a_part` scalars apart in a.
+template <class T, int R, int N>
 inline void micro(const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part, const typename T::scalar* const* b,
                   ptrdiff_t ldb, ptrdiff_t b_offset, int count, int groups, float* c, ptrdiff_t ldc) {
-    vf acc[MR][NV] = {};
-    for (int part = 0; part < count; ++part) {
-        const typename T::scalar *pa = a + part * a_part, *pb = b[part] + b_offset;
-#pragma GCC unroll 2
-        for (int g = 0; g < groups; ++g, pa += T::PAIR, pb += ldb) {
+    Sums<T, R, N> sums{};
+    for (int part = 0; part < count; ++part) sums.add(a + part * a_part, lda, b[part] + b_offset, ldb, groups);
 #pragma GCC unroll 8
-            for (int i = 0; i < MR; ++i) {
-                const auto x = T::group_at(pa + i * lda);
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-                for (int j = 0; j < NV; ++j) acc[i][j] = T::dot(acc[i][j], x, pb + j * W * T::PAIR);
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
-}
-
-#if defined(__AVX512F__)
-constexpr int MR = 6, NV = 4;
-#else
-constexpr int MR = 4, NV = 2;
-#endif
-
-template <class T, int NVEC, int R = MR>
-inline void some_rows(int rows, const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
-                      const typename T::scalar* const* b, ptrdiff_t ldb, ptrdiff_t b_offset, int count, int groups,
-                      float* c, ptrdiff_t ldc) {
-    if (rows == R) {
-        micro<T, R, NVEC>(a, lda, a_part, b, ldb, b_offset, count, groups, c, ldc);
-    } else if constexpr (R > 1) {
-        some_rows<T, NVEC, R - 1>(rows, a, lda, a_part, b, ldb, b_offset, count, groups, c, ldc);
-    }
+        for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, sums.at[i][j]);
 }
 
 // c[rows, columns] = sum over parts of a b. `b` points to `count` matrices [groups, columns] of PAIR scalars each.
@@ -70,15 +42,16 @@ template <class T>
 void product(int rows, int columns, const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
              const typename T::scalar* const* b, int count, int groups, float* c, ptrdiff_t ldc) {
     const ptrdiff_t ldb = (ptrdiff_t)columns * T::PAIR;
+    const auto vectors = [&](auto n_vectors, int n) {
+        constexpr int N = n_vectors;
+        for (int r = 0; r < rows; r += MR)
+            with_rows(std::min(MR, rows - r), [&](auto R) {
+                micro<T, R, N>(a + r * lda, lda, a_part, b, ldb, n * T::PAIR, count, groups, c + r * ldc + n, ldc);
+            });
+    };
     int n = 0;
-    for (; n + NV * W <= columns; n += NV * W)
-        for (int r = 0; r < rows; r += MR)
-            some_rows<T, NV>(std::min(MR, rows - r), a + r * lda, lda, a_part, b, ldb, n * T::PAIR, count, groups,
-                             c + r * ldc + n, ldc);
-    for (; n < columns; n += W)
-        for (int r = 0; r < rows; r += MR)
-            some_rows<T, 1>(std::min(MR, rows - r), a + r * lda, lda, a_part, b, ldb, n * T::PAIR, count, groups,
-                            c + r * ldc + n, ldc);
+    for (; n + NV * W <= columns; n += NV * W) vectors(std::integral_constant<int, NV>{}, n);
+    for (; n < columns; n += W) vectors(std::integral_constant<int, 1>{}, n);
 }
 
 // --- what a row sees ------------------------------------------------------------------------------------------------

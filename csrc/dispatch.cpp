@@ -13,8 +13,9 @@ namespace firstlight {
     void rotate(const RowArgs&, int64_t, const float*, const float*);              \
     void gate_mul(const RowArgs&, Gate);                                           \
     void write_kv(const KVArgs&);                                                  \
+    void matmul(const MatmulArgs&, Weights);                                       \
     static const Kernels kernels{#name, attend, rms_norm, add_norm, add_rows, copy_rows, \
-                                 rotate, gate_mul, write_kv};                      \
+                                 rotate, gate_mul, write_kv, matmul};              \
     }
 FIRSTLIGHT_DECLARE(portable)
 FIRSTLIGHT_DECLARE(avx2)
@@ -27,7 +28,8 @@ std::vector<const Kernels*> usable() {
     std::vector<const Kernels*> found;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (wide && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels);
+    if (wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+        found.push_back(&avx512_bf16::kernels);
     if (wide) found.push_back(&avx512::kernels);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
     found.push_back(&portable::kernels);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "matmul.h"
 #include "rows.h"
 
 namespace firstlight {
@@ -19,6 +20,7 @@ struct Kernels {
     Rotate rotate;
     GateMul gate_mul;
     WriteKV write_kv;
+    Matmul matmul;
 };
 
 // Variants that this processor can run, the fastest first.

@@ -103,4 +103,10 @@ NB_MODULE(_native, m) {
             active->write_kv({at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16});
         },
         nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "matmul",
+        [](Address x, Address w, Address out, int64_t x_row, int64_t out_row, int64_t rows, int64_t width, int64_t outputs, int threads, int weights, bool wide, Address scale, Address start) {
+            active->matmul({at<void>(x), x_row, at<void>(w), at<void>(out), out_row, rows, width, outputs, threads, wide, as(scale), at<int32_t>(start)}, (Weights)weights);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
 }

@@ -99,6 +99,8 @@ inline float exp2_one(float x) { return exp2<5>(all(x))[0]; }
 
 struct F32 {
     using scalar = float;
+    using weight = float;
+    using sum = vf;
     static constexpr int PAIR = 1;
     static constexpr int TERMS = 5;
     static vf dot(vf acc, vf a, const float* b) { return fma(a, load(b), acc); }
@@ -110,6 +112,8 @@ struct F32 {
 
 struct BF16 {
     using scalar = uint16_t;
+    using weight = uint16_t;
+    using sum = vf;
     static constexpr int PAIR = 2;
     static constexpr int TERMS = 4;
     using group = vu;
@@ -137,6 +141,29 @@ struct BF16 {
         const vu u = (vu)v;
         const vh rounded = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
         std::memcpy(p, &rounded, sizeof rounded);
+#endif
+    }
+};
+
+// Bytes without a sign times bytes with one, summed exactly in 32 bits.
+struct Bytes {
+    using scalar = uint8_t;
+    using weight = int8_t;
+    using sum = vi;
+    static constexpr int PAIR = 4;
+    using group = vi;
+    static vi group_at(const uint8_t* a) {
+        int32_t four;
+        std::memcpy(&four, a, sizeof four);
+        return four - vi{};
+    }
+    static vi dot(vi acc, vi a, const int8_t* b) {
+#if defined(__AVX512VNNI__)
+        return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_loadu_si512(b));
+#else
+        const vi w = load_as<vi>(b);
+        for (int i = 0; i < 4; ++i) acc += (a >> 8 * i & 255) * (w << (24 - 8 * i) >> 24);
+        return acc;
 #endif
     }
 };

@@ -90,6 +90,10 @@ class _Watched:
     def scaled(self, name: str, x: Tensor) -> tuple[Tensor, None]:
         return self(name, x), None
 
+    def head_rows(self, ids: Tensor) -> Tensor:
+        rows: Tensor = self.linears.head_rows(ids)
+        return rows
+
     def reads(self, name: str) -> None:
         return None
 

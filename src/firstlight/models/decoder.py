@@ -30,8 +30,6 @@ Settings = dict[str, Any]
 Rows = Tensor | Rows8
 _NEVER_INT8 = ("head", "router")
 """Linears whose output is compared: a small error changes a choice."""
-_RESCORED = 64
-"""Tokens a row whose logits are made in float32."""
 
 
 class Decoder:
@@ -95,16 +93,16 @@ class Decoder:
         self.config, self.ops = config, backend
         self.scale = config.score_scale or 1 / math.sqrt(config.head_dim)
         self.windows = config.windows
-        self.embedding = weights["model.embed_tokens.weight"]
-        self.dtype = self.embedding.dtype
+        head, embedding = weights[_head_name(config)], weights["model.embed_tokens.weight"]
+        self._embedding = None if config.tie_head else embedding.clone()  # no view: the file is let go
+        self.dtype = embedding.dtype
         self.precision = "int8" if int8 is not None else str(self.dtype).removeprefix("torch.")
         self.final_gain = self._gain(weights["model.norm.weight"])
         layers = [_of_layer(weights, i) for i in range(config.num_layers)]
         self._gains = [{n: self._gain(w) for n, w in layer.items() if "norm." in n} for layer in layers]
         self._bias = [_joined(layer, "bias") for layer in layers]
-        self._head_rows = weights[_head_name(config)]
         linears = {f"{i}.{name}": w for i, layer in enumerate(layers) for name, w in self._linears(layer).items()}
-        self.linears = _packed({"head": self._head_rows} | linears, backend, int8)
+        self.linears = _packed({"head": head} | linears, backend, int8)
         self.row_flops = sum(2.0 * math.prod(s) * self._used(name) for name, s in self.linears.shapes.items())
         """Operations of all linears for one row, the head apart."""
         self.layer_flops = self.row_flops / config.num_layers
@@ -114,7 +112,8 @@ class Decoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [n] -> residual rows f32 [n, D]."""
-        return self.embedding[ids].float()
+        rows: Tensor = self.linears.head_rows(ids) if self._embedding is None else self._embedding[ids]
+        return rows.float()
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:
         """pos i64 [n] -> cos, sin f32 [bases, n, d], sin negative in the first half.
@@ -160,9 +159,7 @@ class Decoder:
 
     def head(self, x: Tensor) -> Tensor:
         """x f32 [n, D] -> logits f32 [n, vocabulary]."""
-        h = self._final_norm(x)
-        logits: Tensor = self.linears("head", h).float()
-        return self._capped(logits if self.dtype == torch.float32 else self._rescored(h, logits))
+        return self._capped(self.linears.logits(self._final_norm(x)))
 
     def lens(self, x: Tensor, among: Tensor | None = None) -> Tensor:
         """Rows of any layer through the head (logit lens), not rescored: x f32 [n, D] -> logits f32 [n, vocabulary].
@@ -170,7 +167,7 @@ class Decoder:
         With `among`, i64 [m], only those tokens' logits, [n, m].
         """
         h = self._final_norm(x)
-        logits = self.linears("head", h) if among is None else self.ops.linear(h, self._head_rows[among])
+        logits = self.linears("head", h) if among is None else self.ops.linear(h, self.linears.head_rows(among))
         return self._capped(logits.float())
 
     # --- steps --------------------------------------------------------------------------------------------------------
@@ -187,7 +184,7 @@ class Decoder:
 
     def _gain(self, weight: Tensor) -> Tensor:
         """What a norm multiplies by, f32."""
-        return weight.float()
+        return weight.float().clone()
 
     def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
         """x [.., D], or heads [n, H, d], each by itself."""
@@ -234,12 +231,6 @@ class Decoder:
     def _used(self, name: str) -> float:
         """The share of rows that go through a linear, the head apart."""
         return float(name != "head")
-
-    def _rescored(self, h: Tensor, logits: Tensor) -> Tensor:
-        """A bf16 logit of 25 is off by up to 0.06, which ties the likeliest tokens: theirs are made anew in float32."""
-        best = logits.topk(_RESCORED, dim=-1).indices
-        rows = self._head_rows[best].float()
-        return logits.scatter_(1, best, torch.mul(rows, h.float()[:, None]).sum(-1))
 
 
 def tensor_names(family: type[Decoder], c: ModelConfig) -> LayerTensors:

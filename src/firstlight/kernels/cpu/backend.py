@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from firstlight.kernels.cpu.attention import attend, attend_work
+from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, linear
 from firstlight.kernels.cpu.ops import add_norm, add_rows, gelu_mul, quantise, rms_norm, rotate, scale_rows, silu_mul
-from firstlight.kernels.torch.int8 import Int8Linears
-from firstlight.kernels.torch.ops import PackedLinears, dependent_linears, linear
+from firstlight.kernels.torch.ops import dependent_linears
 
 __all__ = [
     "Int8Linears",

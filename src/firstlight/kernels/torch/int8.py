@@ -1,7 +1,7 @@
 """Int8 linears: both operands in 8 bits, sums exact in int32, so a row's bits are its own whatever surrounds it.
 
-Weights have one scale an output channel, inputs one a row (rows8.py). oneDNN multiplies by the first and rounds to
-bfloat16; the second is left to whoever reads the product, so that it costs no pass over memory.
+Weights have one scale an output channel, inputs one a row (rows8.py). The product multiplies by the first and rounds to
+bfloat16; the second is left to whoever reads it, so that it costs no pass over memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from firstlight.kernels.rows8 import ZERO_POINT, Rows8
-from firstlight.kernels.torch.ops import PackedLinears
+from firstlight.kernels.torch.ops import Product
 
 _LEAST = 1e-12
 """Of a mean square: channels that are always zero don't count."""
@@ -25,20 +25,22 @@ class Int8Linears:
     def __init__(
         self, weights: Mapping[str, Tensor], spread: Mapping[str, Tensor], plain: Collection[str], ops: ModuleType
     ) -> None:
-        """`weights`: name -> bf16 [O, I]; `plain`: names that stay bf16; `ops`: the backend that quantises.
+        """`weights`: name -> bf16 [O, I]; `plain`: names that stay bf16; `ops`: the backend of these and of rounding.
 
         `spread`: name -> mean square of each channel of the rows that the linear reads, f32 [I], where it is known.
         """
-        self._plain = PackedLinears({name: weights[name] for name in plain})
-        self.dtype = self._plain.dtype
+        self._plain = ops.PackedLinears({name: weights[name] for name in plain})
+        self.dtype: torch.dtype = self._plain.dtype
         self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
         self._ops = ops
         self._smooth: dict[str, Tensor] = {}
-        self._packed: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._packed: dict[str, Product] = {}
         for name in (name for name in weights if name not in plain):
             weight = weights[name].float()
             self._smooth[name] = smoothing(weight, spread.get(name))
-            self._packed[name] = self._pack(weight / self._smooth[name])
+            rows = ops.quantise(weight / self._smooth[name], torch.ones(weight.shape[1]))
+            signed = rows.values[: len(weight)].bitwise_xor(ZERO_POINT).view(torch.int8)
+            self._packed[name] = self._pack(signed, rows.scale)
 
     def reads(self, name: str) -> Tensor | None:
         """The smoothing vector of the rows that a linear reads in 8 bits; None if it reads the compute type."""
@@ -55,21 +57,37 @@ class Int8Linears:
         """x [n, I] -> [n, O], and what its rows are still to be multiplied by, f32 [n]; None if by nothing."""
         if name not in self._packed:
             assert isinstance(x, Tensor)
-            return self._plain(name, x), None
+            plain: Tensor = self._plain(name, x)
+            return plain, None
         values, scale = x if isinstance(x, Rows8) else self._ops.quantise(x, self._smooth[name])
-        weight, steps, zeros = self._packed[name]
-        out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(values, 1.0, ZERO_POINT, weight, steps, zeros, None, 1.0, 0, self.dtype, "none", [], "")
-        )
-        return out[: len(scale)], scale
+        return self._packed[name](values)[: len(scale)], scale
 
-    def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f32 [O, I] -> packed values, scales f32 [O] and zero points [O]."""
-        outputs, width = weight.shape
-        rows = self._ops.quantise(weight, torch.ones(width))
-        signed = rows.values[:outputs].bitwise_xor(ZERO_POINT).view(torch.int8)
-        packed = torch.ops.onednn.qlinear_prepack(signed, None)
-        return packed, rows.scale, torch.zeros(outputs, dtype=torch.int32)
+    def logits(self, x: Tensor) -> Tensor:
+        """x [n, I] -> the head's product f32 [n, O]."""
+        made: Tensor = self._plain.logits(x)
+        return made
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """ids i64 [..] -> these rows of the head's weights [.., I]: a tied embedding."""
+        rows: Tensor = self._plain.head_rows(ids)
+        return rows
+
+    def _pack(self, values: Tensor, scale: Tensor) -> Product:
+        """Weights s8 [O, I] and their outputs' scales f32 [O], ready to run."""
+        return OneDnn8(values, scale)
+
+
+class OneDnn8:
+    """An int8 linear on oneDNN: values u8 [n, I] around 128 -> bf16 [n, O]."""
+
+    def __init__(self, values: Tensor, scale: Tensor) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(values, None)
+        self._scale, self._zeros = scale, torch.zeros(len(values), dtype=torch.int32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        operands = (x, 1.0, ZERO_POINT, self._packed, self._scale, self._zeros)
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(*operands, None, 1.0, 0, torch.bfloat16, "none", [], "")
+        return out
 
 
 def smoothing(weight: Tensor, spread: Tensor | None) -> Tensor:

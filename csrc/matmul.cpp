@@ -1,0 +1,173 @@
+// Linears: y = x W^T over one packed copy of the weights, for any number of rows.
+//
+// A panel of 64 outputs stays in the second-level cache while rows stream by, six at a time, with 24 vectors of sums in
+// registers. Sums run along the inner dimension from its start to its end whatever the row count; where a panel is too
+// long for the cache they wait in memory between its parts. So a row's bits depend on nothing but the row.
+#include "matmul.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "tile.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+namespace {
+
+constexpr int64_t ROWS = 96;          // rows that share a panel while it is in the cache
+constexpr int64_t PART = 192 << 10;   // bytes of a panel that stay there
+constexpr int64_t FEW = 36;           // rows up to which reading the weights is what takes the time
+constexpr int64_t WORTH = 1 << 15;    // bytes of weights below which a second thread costs more than it brings
+constexpr int VECTORS = PANEL / W;    // of a panel's group
+
+// Columns [first, first + count) of a panel's vectors, rows [r0, r1).
+struct Piece {
+    int64_t r0, r1, panel;
+    int first, count;
+    bool fetch;
+};
+
+template <class T>
+class Linear {
+  public:
+    using S = typename T::sum;
+    explicit Linear(const MatmulArgs& call) : call_(call), groups_(call.width / T::PAIR) {}
+
+    void run() {
+        const int64_t panels = (call_.outputs + PANEL - 1) / PANEL;
+        const bool alone = call_.threads == 1 || panels * PANEL * groups_ * (int64_t)sizeof(typename T::weight) * T::PAIR < WORTH;
+        const int threads = alone ? 1 : call_.threads;
+        if (call_.rows <= FEW) few(panels, threads);
+        else many(panels, threads);
+    }
+
+  private:
+    // Each thread reads one stretch of the weights.
+    void few(int64_t panels, int threads) {
+        const int64_t units = panels * (VECTORS / NV), all = call_.rows;
+        constexpr int UNITS = VECTORS / NV;
+        if (threads == 1) {
+            for (int64_t u = 0; u < units; ++u) piece({0, all, u / UNITS, (int)(u % UNITS) * NV, NV, all > MR});
+            return;
+        }
+#pragma omp parallel num_threads(threads)
+        {
+            // in half tiles, so that 9 panels are 4.5 for each of two
+            const int64_t halves = 2 * units, t = omp_get_thread_num(), n = omp_get_num_threads();
+            int64_t h = halves * t / n;
+            const int64_t end = halves * (t + 1) / n;
+            while (h < end) {
+                const int64_t unit = h / 2;
+                const bool whole = h % 2 == 0 && h + 2 <= end;
+                piece({0, all, unit / UNITS, (int)(unit % UNITS) * NV + (int)(h % 2) * NV / 2, whole ? NV : NV / 2, all > MR});
+                h += whole ? 2 : 1;
+            }
+        }
+    }
+
+    void many(int64_t panels, int threads) {
+        const int64_t blocks = (call_.rows + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < blocks * panels; ++i) {
+            const int64_t r0 = i / panels * ROWS;
+            for (int v = 0; v < VECTORS; v += NV) piece({r0, std::min(r0 + ROWS, call_.rows), i % panels, v, NV, false});
+        }
+    }
+
+    void piece(const Piece& p) {
+        if (p.count == NV) p.fetch ? as<NV, true>(p) : as<NV, false>(p);
+        else p.fetch ? as<NV / 2, true>(p) : as<NV / 2, false>(p);
+    }
+
+    template <int N, bool FETCH>
+    void as(const Piece& p) {
+        constexpr int64_t LDB = (int64_t)PANEL * T::PAIR;
+        const int64_t part = std::max<int64_t>(PART / (LDB * sizeof(typename T::weight)), 1);
+        const auto* w = (const typename T::weight*)call_.w + p.panel * groups_ * LDB + p.first * W * T::PAIR;
+        const ptrdiff_t step = LDB * sizeof(typename T::weight) / ((p.r1 - p.r0 + MR - 1) / MR);
+        S* waiting = groups_ > part ? waiting_room<S>() : nullptr;
+        for (int64_t g = 0; g < groups_ || g == 0; g += part) {
+            const int64_t n = std::min(part, groups_ - g);
+            const bool last = g + n >= groups_;
+            for (int64_t r = p.r0; r < p.r1; r += MR)
+                with_rows(std::min<int64_t>(MR, p.r1 - r), [&](auto R) {
+                    Sums<T, R, N> s;
+                    S* kept = waiting + (r - p.r0) * N;
+                    if (g) recall(s, kept);
+                    else begin(s, p);
+                    s.template add<FETCH>((const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR, call_.x_row, w + g * LDB, LDB, n, (const char*)(w + (g + n) * LDB) + (r - p.r0) / MR * n * step, step);
+                    if (last) finish(s, p, r);
+                    else keep(s, kept);
+                });
+        }
+    }
+
+    template <class V>
+    static V* waiting_room() {
+        static thread_local std::vector<V> room((size_t)std::max(ROWS, FEW) * NV);
+        return room.data();
+    }
+    template <int R, int N>
+    static void recall(Sums<T, R, N>& s, const S* from) {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) s.at[i][j] = from[i * N + j];
+    }
+    template <int R, int N>
+    static void keep(const Sums<T, R, N>& s, S* to) {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) to[i * N + j] = s.at[i][j];
+    }
+    template <int R, int N>
+    void begin(Sums<T, R, N>& s, const Piece& p) const {
+        const int64_t column = p.panel * PANEL + p.first * W;
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j)
+                if constexpr (T::PAIR == 4) s.at[i][j] = load_as<vi>(call_.start + column + j * W);
+                else s.at[i][j] = S{};
+    }
+    template <int R, int N>
+    void finish(const Sums<T, R, N>& s, const Piece& p, int64_t r) const {
+        const int64_t column = p.panel * PANEL + p.first * W;
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) write(value(s.at[i][j], column + j * W), r + i, column + j * W);
+    }
+    vf value(S sum, int64_t column) const {
+        if constexpr (T::PAIR == 4) return __builtin_convertvector(sum, vf) * load(call_.scale + column);
+        else return sum;
+    }
+    void write(vf v, int64_t row, int64_t column) const {
+        if (call_.wide || T::PAIR == 1) write_as<F32>(v, row, column);
+        else write_as<BF16>(v, row, column);
+    }
+    template <class O>
+    void write_as(vf v, int64_t row, int64_t column) const {
+        auto* to = (typename O::scalar*)call_.out + row * call_.out_row + column;
+        if (column + W <= call_.outputs) return O::narrow(to, v);
+        if (column >= call_.outputs) return;
+        typename O::scalar rest[W];
+        O::narrow(rest, v);
+        std::memcpy(to, rest, (call_.outputs - column) * sizeof rest[0]);
+    }
+
+    const MatmulArgs& call_;
+    const int64_t groups_;
+};
+
+}  // namespace
+
+void matmul(const MatmulArgs& call, Weights weights) {
+    if (weights == Weights::f32) Linear<F32>(call).run();
+    else if (weights == Weights::bf16) Linear<BF16>(call).run();
+    else Linear<Bytes>(call).run();
+}
+
+}  // namespace firstlight::FIRSTLIGHT_VARIANT

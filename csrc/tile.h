@@ -1,0 +1,47 @@
+// The heart of every product: a tile of rows by vectors whose sums stay in registers while it runs along the inner
+// dimension. What a sum adds up, and in which order, doesn't depend on the tile's shape.
+#pragma once
+
+#include <utility>
+
+#include "vec.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+
+// Rows and vectors of a whole tile: 24 sums where there are 32 registers, 12 where there are 16.
+constexpr int MR = 6, NV = W == 16 ? 4 : 2;
+
+template <class T, int R, int N>
+struct Sums {
+    typename T::sum at[R][N];
+
+    // += a[R, groups] b[groups, N vectors]: rows of a lie `lda` scalars apart, groups of b `ldb`.
+    // While it runs, memory from `ahead` on is fetched into the cache, `step` bytes a group, if FETCH.
+    template <bool FETCH = false>
+    inline void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups,
+                    const char* ahead = nullptr, ptrdiff_t step = 0) {
+#pragma GCC unroll 2
+        for (int64_t g = 0; g < groups; ++g, a += T::PAIR, b += ldb) {
+            if constexpr (FETCH) {
+#pragma GCC unroll 4
+                for (int l = 0; l < 4; ++l) __builtin_prefetch(ahead + l * 64, 0, 2);
+                ahead += step;
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < R; ++i) {
+                const auto x = T::group_at(a + i * lda);
+#pragma GCC unroll 4
+                for (int j = 0; j < N; ++j) at[i][j] = T::dot(at[i][j], x, b + j * W * T::PAIR);
+            }
+        }
+    }
+};
+
+// body(std::integral_constant of `rows`), which is 1 to R.
+template <int R = MR, class Body>
+inline void with_rows(int64_t rows, Body body) {
+    if (rows == R) body(std::integral_constant<int, R>{});
+    else if constexpr (R > 1) with_rows<R - 1>(rows, body);
+}
+
+}  // namespace firstlight::FIRSTLIGHT_VARIANT

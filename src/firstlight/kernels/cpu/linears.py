@@ -1,0 +1,100 @@
+"""Linears on our own product (csrc/matmul.cpp): one packed copy of the weights, for a prefill and for a single row.
+
+A row's bits depend neither on the rows beside it nor on threads. On a machine with AMX oneDNN has the tiles, so that
+bf16 and int8 products are left to it, unless `--deterministic` keeps it off them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from firstlight.kernels.native import lib
+from firstlight.kernels.rows8 import ZERO_POINT
+from firstlight.kernels.torch import int8, ops
+from firstlight.kernels.torch.ops import Product
+
+_PANEL = 64
+_GROUP_BYTES = 4
+"""Of inner scalars that lie side by side: what one dot-product step takes."""
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def has_tiles() -> bool:
+    """Whether oneDNN multiplies bf16 and int8 with AMX here."""
+    return "ONEDNN_MAX_CPU_ISA" not in os.environ and torch.cpu._is_amx_tile_supported()
+
+
+class Panels:
+    """A linear's weights in panels of 64 outputs, [O / 64, I / G, 64, G], with zeros past the last output or input."""
+
+    def __init__(self, w: Tensor, scale: Tensor | None = None) -> None:
+        """`scale`: what a unit of each output is worth, f32 [O], where weights are int8."""
+        self.outputs, self.width = w.shape
+        self._kind = _KINDS[w.dtype]
+        group = _GROUP_BYTES // w.element_size()
+        self._missing = -self.width % group
+        more = -self.outputs % _PANEL
+        padded = F.pad(w, (0, self._missing, 0, more)) if self._missing or more else w.contiguous()
+        groups = padded.view(torch.int32).view(-1, _PANEL, padded.shape[1] // group)
+        self._panels = groups.transpose(1, 2).contiguous()
+        self._as_rows = self._panels.view(w.dtype).view(*self._panels.shape, group)
+        self._scale = None if scale is None else F.pad(scale, (0, more))
+        self._start = None if scale is None else padded.sum(1, dtype=torch.int32) * -ZERO_POINT
+
+    def __call__(self, x: Tensor, wide: bool = False) -> Tensor:
+        """x [n, I] -> [n, O], float32 if `wide`; otherwise of x's type, and bf16 where that is bytes around 128."""
+        assert lib is not None and x.stride(1) == 1
+        if self._missing:
+            x = F.pad(x, (0, self._missing))
+        n, width = x.shape
+        dtype = torch.float32 if wide or self._kind == 0 else torch.bfloat16
+        out = torch.empty(n, self.outputs, dtype=dtype)
+        where = (x.data_ptr(), self._panels.data_ptr(), out.data_ptr(), x.stride(0), self.outputs, n, width)
+        how = (torch.get_num_threads(), self._kind, wide, _address(self._scale), _address(self._start))
+        lib.matmul(*where, self.outputs, *how)
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids i64 [..] -> these outputs' weights [.., I]."""
+        rows = self._as_rows[ids // _PANEL, :, ids % _PANEL]
+        return rows.flatten(-2)[..., : self.width]
+
+
+class PackedLinears(ops.PackedLinears):
+    """`Linears` over one packed copy of the weights."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [n, I] -> the head's product f32 [n, O]: its sums as they are."""
+        head = self._packed["head"]
+        return head(x, wide=True) if isinstance(head, Panels) else super().logits(x)
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """ids i64 [..] -> these rows of the head's weights [.., I]: a tied embedding."""
+        head = self._packed["head"]
+        return head.rows(ids) if isinstance(head, Panels) else super().head_rows(ids)
+
+    def _pack(self, w: Tensor) -> Product:
+        return super()._pack(w) if w.dtype == torch.bfloat16 and has_tiles() else Panels(w)
+
+    def _rows_of(self, head: Tensor) -> Tensor | None:
+        return None if isinstance(self._packed["head"], Panels) else super()._rows_of(head)
+
+
+class Int8Linears(int8.Int8Linears):
+    """`Linears` with int8 weights, but for those that stay in the compute type."""
+
+    def _pack(self, values: Tensor, scale: Tensor) -> Product:
+        return super()._pack(values, scale) if has_tiles() else Panels(values, scale)
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x [n, I], w [O, I] -> x w^T [n, O]."""
+    return PackedLinears({"w": w})("w", x)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
