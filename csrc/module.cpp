@@ -1,5 +1,6 @@
 // The Python module `firstlight.kernels._native`: kernels on raw addresses; shapes are checked by their callers in
 // src/firstlight/kernels/cpu/. Kernels run without Python's lock.
+#include <malloc.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -103,6 +104,11 @@ NB_MODULE(_native, m) {
             active->write_kv({at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16});
         },
         nb::call_guard<nb::gil_scoped_release>());
+    m.def("trim", [] {  // give free memory back to the system
+#if defined(__GLIBC__)
+        malloc_trim(0);
+#endif
+    });
     m.def(
         "matmul",
         [](Address x, Address w, Address out, int64_t x_row, int64_t out_row, int64_t rows, int64_t width, int64_t outputs, int threads, int weights, bool wide, Address scale, Address start) {

@@ -156,7 +156,9 @@ def test_rows_of_zeros_and_of_next_to_nothing_are_zeros(name: str) -> None:
 def linears(name: str, seed: int = 0, spread: Tensor | None = None) -> tuple[Int8Linears, Tensor]:
     weight = draw(seed + 1, 96, 576).to(BF16)
     known = {} if spread is None else {"w": spread}
-    return Int8Linears({"head": weight[:8].clone(), "w": weight}, known, ["head"], backend(name)), weight
+    return backend(name).Int8Linears(
+        [("head", weight[:8].clone()), ("w", weight)], known, ["head"], backend(name)
+    ), weight
 
 
 @each_backend

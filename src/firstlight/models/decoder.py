@@ -11,7 +11,8 @@ has, how model files state its settings, and the steps that it does in another w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -101,8 +102,8 @@ class Decoder:
         layers = [_of_layer(weights, i) for i in range(config.num_layers)]
         self._gains = [{n: self._gain(w) for n, w in layer.items() if "norm." in n} for layer in layers]
         self._bias = [_joined(layer, "bias") for layer in layers]
-        linears = {f"{i}.{name}": w for i, layer in enumerate(layers) for name, w in self._linears(layer).items()}
-        self.linears = _packed({"head": head} | linears, backend, int8)
+        linears = ((f"{i}.{name}", w) for i, layer in enumerate(layers) for name, w in self._linears(layer).items())
+        self.linears = _packed(chain([("head", head)], linears), backend, int8)
         self.row_flops = sum(2.0 * math.prod(s) * self._used(name) for name, s in self.linears.shapes.items())
         """Operations of all linears for one row, the head apart."""
         self.layer_flops = self.row_flops / config.num_layers
@@ -270,12 +271,9 @@ def _tables(c: ModelConfig, served: int) -> list[tuple[Tensor, float]]:
     return tables
 
 
-def _packed(weights: Mapping[str, Tensor], backend: ModuleType, int8: Mapping[str, Tensor] | None) -> Any:
+def _packed(weights: Iterable[tuple[str, Tensor]], backend: ModuleType, int8: Mapping[str, Tensor] | None) -> Any:
     """The linears, as the backend runs them."""
-    if int8 is None:
-        return backend.PackedLinears(weights)
-    plain = [name for name in weights if name.rpartition(".")[2] in _NEVER_INT8]
-    return backend.Int8Linears(weights, int8, plain, backend)
+    return backend.PackedLinears(weights) if int8 is None else backend.Int8Linears(weights, int8, _NEVER_INT8, backend)
 
 
 def _head_name(config: ModelConfig) -> str:

@@ -7,6 +7,8 @@ bf16 and int8 products are left to it, unless `--deterministic` keeps it off the
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable, Mapping
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,10 @@ class Panels:
 class PackedLinears(ops.PackedLinears):
     """`Linears` over one packed copy of the weights."""
 
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        super().__init__(weights)
+        _trim()
+
     def logits(self, x: Tensor) -> Tensor:
         """x [n, I] -> the head's product f32 [n, O]: its sums as they are."""
         head = self._packed["head"]
@@ -87,13 +93,29 @@ class PackedLinears(ops.PackedLinears):
 class Int8Linears(int8.Int8Linears):
     """`Linears` with int8 weights, but for those that stay in the compute type."""
 
+    def __init__(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        spread: Mapping[str, Tensor],
+        plain: Collection[str],
+        ops: ModuleType,
+    ) -> None:
+        super().__init__(weights, spread, plain, ops)
+        _trim()
+
     def _pack(self, values: Tensor, scale: Tensor) -> Product:
         return super()._pack(values, scale) if has_tiles() else Panels(values, scale)
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x [n, I], w [O, I] -> x w^T [n, O]."""
-    return PackedLinears({"w": w})("w", x)
+    return PackedLinears([("w", w)])("w", x)
+
+
+def _trim() -> None:
+    """Give back what packing needed for a moment: holes in the heap, as large as the weights."""
+    assert lib is not None
+    lib.trim()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -6,7 +6,7 @@ bfloat16; the second is left to whoever reads it, so that it costs no pass over 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
 
 import torch
@@ -23,24 +23,29 @@ class Int8Linears:
     """`Linears` with int8 weights, but for those that stay in the compute type."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], spread: Mapping[str, Tensor], plain: Collection[str], ops: ModuleType
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        spread: Mapping[str, Tensor],
+        plain: Collection[str],
+        ops: ModuleType,
     ) -> None:
-        """`weights`: name -> bf16 [O, I]; `plain`: names that stay bf16; `ops`: the backend of these and of rounding.
+        """`weights`: names and bf16 [O, I]; `plain`: those whose name's last part is one of these stay bf16.
 
-        `spread`: name -> mean square of each channel of the rows that the linear reads, f32 [I], where it is known.
+        `spread`: name -> mean square of each channel of the rows that the linear reads, f32 [I], where it is known;
+        `ops`: the backend, which rounds and runs those that stay bf16.
         """
-        self._plain = ops.PackedLinears({name: weights[name] for name in plain})
-        self.dtype: torch.dtype = self._plain.dtype
-        self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
-        self._ops = ops
+        self._ops, self._plain = ops, ops.PackedLinears([])
+        self.dtype = torch.bfloat16
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._smooth: dict[str, Tensor] = {}
         self._packed: dict[str, Product] = {}
-        for name in (name for name in weights if name not in plain):
-            weight = weights[name].float()
-            self._smooth[name] = smoothing(weight, spread.get(name))
-            rows = ops.quantise(weight / self._smooth[name], torch.ones(weight.shape[1]))
-            signed = rows.values[: len(weight)].bitwise_xor(ZERO_POINT).view(torch.int8)
-            self._packed[name] = self._pack(signed, rows.scale)
+        for name, w in weights:
+            self.shapes[name] = tuple(w.shape)
+            if name.rpartition(".")[2] in plain:
+                self._plain.add(name, w)
+            else:
+                self._smooth[name] = smoothing(w.float(), spread.get(name))
+                self._packed[name] = self._pack(*self._rounded(w.float() / self._smooth[name]))
 
     def reads(self, name: str) -> Tensor | None:
         """The smoothing vector of the rows that a linear reads in 8 bits; None if it reads the compute type."""
@@ -71,6 +76,11 @@ class Int8Linears:
         """ids i64 [..] -> these rows of the head's weights [.., I]: a tied embedding."""
         rows: Tensor = self._plain.head_rows(ids)
         return rows
+
+    def _rounded(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """w f32 [O, I] -> s8 [O, I], and what one step of each row is worth, f32 [O]."""
+        rows = self._ops.quantise(w, torch.ones(w.shape[1]))
+        return rows.values[: len(w)].bitwise_xor(ZERO_POINT).view(torch.int8), rows.scale
 
     def _pack(self, values: Tensor, scale: Tensor) -> Product:
         """Weights s8 [O, I] and their outputs' scales f32 [O], ready to run."""

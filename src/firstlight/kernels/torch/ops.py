@@ -10,7 +10,7 @@ Around int8 linears rows come with a `scale` f32 [n] that they are still to be m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -128,12 +128,23 @@ class Product(Protocol):
 class PackedLinears:
     """`Linears` over weights packed once for oneDNN."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """`weights`: name -> [O, I] in the compute dtype; "head" gives the logits."""
-        self.dtype = next(iter(weights.values())).dtype
-        self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
-        self._packed = {name: self._pack(w) for name, w in weights.items()}
-        self._head = self._rows_of(weights["head"]) if "head" in weights else None
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`weights`: names and [O, I] in the compute dtype, which nobody need hold once they are packed.
+
+        The one named "head" gives the logits.
+        """
+        self.dtype = torch.float32
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._packed: dict[str, Product] = {}
+        self._head: Tensor | None = None
+        for name, w in weights:
+            self.add(name, w)
+
+    def add(self, name: str, w: Tensor) -> None:
+        """One more; all are of one dtype."""
+        self.dtype, self.shapes[name], self._packed[name] = w.dtype, tuple(w.shape), self._pack(w)
+        if name == "head":
+            self._head = self._rows_of(w)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """x [n, I] -> [n, O]."""
