@@ -125,6 +125,35 @@ def peak(as_json: _Json = False) -> None:
     _show({"machine": machine, "rows": rows}, [_peaks(machine, rows)], as_json)
 
 
+@app.command()
+def kernel(
+    model: _Model = "smollm2",
+    rows: Annotated[str, typer.Option(help="Rows that linears and row operators get.", metavar="N,N,...")] = "1,16,512",
+    context: Annotated[int, typer.Option(help="Tokens that attention reads.", metavar="N")] = 2048,
+    as_json: _Json = False,
+) -> None:
+    """Each operator of a model by itself, beside PyTorch's and the time that this machine needs at least.
+
+    Weights are random, so that only the shapes are the model's; operands come from memory, not from a cache.
+
+    firstlight bench kernel smollm2 --rows 1,512
+    """
+    counts = numbers(rows, "numbers of rows")
+    import torch  # here, because it is slow to load
+
+    from firstlight.evaluate.machine import describe_processor
+    from firstlight.evaluate.operators import measure_operators
+    from firstlight.evaluate.peak import measure_peaks
+    from firstlight.models.weights.checkpoint import open_checkpoint
+    from firstlight.models.weights.hub import resolve
+
+    config = open_checkpoint(resolve(model)).config
+    peaks = {row["what"]: row["steady"] for row in measure_peaks([torch.get_num_threads()])}
+    found = list(measure_operators(config, counts, context, peaks))
+    machine = describe_processor() | {"threads": torch.get_num_threads()}
+    _show({"machine": machine, "peaks": peaks, "rows": found}, [_operators(machine, found)], as_json)
+
+
 def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat: int, as_json: bool) -> None:
     import torch  # here, because it is slow to load
 
@@ -158,6 +187,20 @@ def _peaks(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         rates = (f"{row[key]:,.1f}" for key in ("steady", "first_call"))
         shown.add_row(row["what"], f"{row['threads']}", *rates, row["unit"], row["operator"])
+    return shown
+
+
+def _operators(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
+    title = f"{machine['cpu']}, {machine['threads']} threads; kernels of this process: {machine['kernels']}"
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in ("operator", "shape", "type", "rows", "ours", "PyTorch", "times faster", "limit", "of the limit"):
+        shown.add_column(heading, justify="left" if heading in ("operator", "shape", "type") else "right")
+    for row in rows:
+        seconds = (f"{row[key] * 1e6:,.0f} us" for key in ("seconds", "torch_s"))
+        shares = (row["torch_s"] / row["seconds"], row["limit_s"] / row["seconds"])
+        limit = f"{row['limit_s'] * 1e6:,.0f} us"
+        names = (row[key] for key in ("operator", "shape", "precision"))
+        shown.add_row(*names, f"{row['rows']}", *seconds, f"{shares[0]:.1f}", limit, f"{shares[1]:.0%}")
     return shown
 
 

@@ -1,7 +1,7 @@
 """The physical limit of this machine, measured: multiplications a second in each type, and memory read a second.
 
-The rates are the best that PyTorch's operators reach here (oneDNN with packed weights, or plain products), on square
-matrices that stay in the caches; a data sheet's figure would be a promise. `limit_s` turns them into the time that no
+The rates are the best that any product reaches here (PyTorch's plain ones, oneDNN's with packed weights, our own), on
+square matrices that stay in the caches; a data sheet's figure would be a promise. `limit_s` turns them into the time that no
 prefill on this machine can beat.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firstlight.kernels.cpu.linears import Panels
+from firstlight.kernels.native import lib
 from firstlight.models.config import ModelConfig
 
 SIZE = 2048
@@ -91,7 +93,7 @@ def _float_products(dtype: torch.dtype) -> dict[str, Call]:
     if _HAS_ONEDNN:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(b, SIZE)
         products["packed linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
-    return products
+    return products | _own_product(a, b)
 
 
 def _int8_products() -> dict[str, Call]:
@@ -105,7 +107,12 @@ def _int8_products() -> dict[str, Call]:
         products["packed linear"] = lambda: torch.ops.onednn.qlinear_pointwise(
             a, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
         )
-    return products
+    return products | _own_product(a, b, torch.ones(SIZE))
+
+
+def _own_product(a: Tensor, b: Tensor, scale: Tensor | None = None) -> dict[str, Call]:
+    panels = Panels(b, scale)
+    return {} if lib is None else {"firstlight": lambda: panels(a)}
 
 
 def _best(calls: dict[str, Call], work: float) -> dict[str, Any]:
