@@ -336,14 +336,13 @@ class Pass:
         )
 
     def _count(self, members: Sequence[Member], call: AttnCall) -> None:
-        """Density is reported for prompts: their requests have a call of their own, or read everything."""
+        """Density is reported for prompts, over the triangle of all their tokens, those without a row included."""
+        heads = call.q.shape[1]
         for i, m in enumerate(members):
             if not m.decode:
-                read = call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]] + 1
-                m.live.stats.dense += int(read.sum()) * call.q.shape[1]
-                read = read if call.model_window is None else read.clamp(max=call.model_window)
-                share = int(read.sum()) * call.q.shape[1]
-                m.live.stats.visible += share if len(members) > 1 else call.stats.visible
+                first, end = m.segment.tok
+                m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
+                m.live.stats.visible += call.stats.visible if len(members) == 1 else _read(call, i) * heads
 
     def _finish(self, layer: int, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
         model, rate = self.machine.model, self.machine.linear
@@ -385,6 +384,16 @@ class Pass:
                 live.kv.keep(layer, idx)
             case Merge(assign, mode):
                 live.kv.merge(layer, assign, mode)
+
+
+def _read(call: AttnCall, i: int) -> int:
+    """Keys that the rows of request i read without a plan: those that are there, and in the model's window."""
+    tok, view = call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]], call.kv[i]
+    if view.tok is not None:
+        counts = [torch.searchsorted(view.tok[h, :n], tok, right=True).sum() for h, n in enumerate(view.length)]
+        return int(torch.stack(counts).sum()) // len(counts)
+    read = tok + 1
+    return int((read if call.model_window is None else read.clamp(max=call.model_window)).sum())
 
 
 def _beyond(live: LiveRequest, layer: int, tok: Tensor) -> int:

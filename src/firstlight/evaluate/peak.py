@@ -1,8 +1,8 @@
 """The physical limit of this machine, measured: multiplications a second in each type, and memory read a second.
 
 The rates are the best that any product reaches here (PyTorch's plain ones, oneDNN's with packed weights, our own), on
-square matrices that stay in the caches; a data sheet's figure would be a promise. `limit_s` turns them into the time that no
-prefill on this machine can beat.
+square matrices that stay in the caches; a data sheet's figure would be a promise. `limit_s` turns them into the time
+that no prefill on this machine can beat.
 """
 
 from __future__ import annotations

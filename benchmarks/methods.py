@@ -1,0 +1,129 @@
+"""What methods save, in one run: time to first token, decode step and KV bytes beside dense, and each one's bound.
+
+    python benchmarks/methods.py smollm2 --prompt-tokens 4096,8000 --rounds 3 \
+        --method fastkv:tsp_idx=14,tsp_rate=0.2,retain_rate=0.1 --method lazyllm
+
+Each round runs every setting once, dense first, each in a process of its own that warms up with a short prompt; a drift
+of the machine's speed meets all. The bound of a setting is what its prefill takes if nothing but its cells cost
+anything: linears by rows, attention by the pairs that are read (docs/metrics.md). `--baseline CHECKOUT` adds dense runs
+of another checkout of the project, for what a change costs where nothing is switched on. Printed: a table of medians
+and extremes, and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DENSE, BASELINE = "dense", "baseline"
+NEW = 33
+
+
+def main() -> None:
+    args = _arguments()
+    if args.setting is not None:
+        print(json.dumps(measure(args)))
+        return
+    settings = [DENSE, *([BASELINE] if args.baseline else []), *args.method]
+    lengths = [int(n) for n in args.prompt_tokens.split(",")]
+    samples: dict[str, list[dict[str, Any]]] = {f"{s} {n}": [] for n in lengths for s in settings}
+    for number in range(args.rounds):
+        for length in lengths:
+            for setting in settings:
+                print(f"round {number + 1}/{args.rounds}: {length} tokens, {setting}", file=sys.stderr, flush=True)
+                samples[f"{setting} {length}"].append(_run(args, setting, length))
+    _print(settings, lengths, samples)
+    print(json.dumps({"arguments": vars(args), "samples": samples}))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--method", action="append", default=[], metavar="NAME:key=value")
+    parser.add_argument("--prompt-tokens", default="4096,8000")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--baseline", type=Path, help="another checkout, whose engine runs dense beside this one's")
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _run(args: argparse.Namespace, setting: str, length: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, args.model, "--precision", args.precision]
+    env = dict(os.environ)
+    if setting == BASELINE:
+        env["PYTHONPATH"] = str(args.baseline / "src")
+    done = subprocess.run(
+        [*command, "--setting", setting, "--length", str(length)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One setting once, in this process."""
+    from firstlight import LLM, SamplingParams
+    from firstlight.evaluate.speed import prompt_of
+
+    methods = [] if args.setting in (DENSE, BASELINE) else args.setting.split(" + ")
+    with LLM(args.model, methods=methods, precision=args.precision, prefix_cache="off", max_num_seqs=1) as llm:
+        llm.generate([prompt_of(llm, 300)], SamplingParams(max_tokens=3, ignore_eos=True))
+        report = llm.generate([prompt_of(llm, args.length)], SamplingParams(max_tokens=NEW, ignore_eos=True))[0].report
+        c = llm.config
+        return {
+            "ttft_s": report["ttft_s"],
+            "tpot_s": report["tpot_s"],
+            "kv": report["kv"],
+            "cells": report["cells"],
+            "density": report["attention"]["density"],
+            "linear_flops": 2.0
+            * sum(s[0] * s[1] for n, s in llm.engine.machine.model.linears.shapes.items() if n != "head"),
+            "pair_flops": 4.0 * c.num_heads * c.head_dim * c.num_layers,
+        }
+
+
+def bound(run: dict[str, Any], length: int) -> float:
+    """The share of dense's operations that the setting's cells take."""
+    linear, attention = run["linear_flops"] * length, run["pair_flops"] * length * (length + 1) / 2
+    rows = run["cells"]["computed"] / run["cells"]["total"]
+    return (linear * rows + attention * run["density"]) / (linear + attention)
+
+
+def _print(settings: list[str], lengths: list[int], samples: dict[str, list[dict[str, Any]]]) -> None:
+    width = max(len(s) for s in settings)
+    heading = "tokens  TTFT s                of dense  bound  ms/token  of dense  KV MB, end  of dense, peak"
+    print(f"{'setting':{width}}  {heading}")
+    for length in lengths:
+        dense = samples[f"{DENSE} {length}"]
+        for setting in settings:
+            print(f"{setting:{width}}  {length:6}  {_figures(setting, samples[f'{setting} {length}'], dense, length)}")
+
+
+def _figures(setting: str, runs: list[dict[str, Any]], dense: list[dict[str, Any]], length: int) -> str:
+    """Medians, each beside what it is of dense's."""
+    ttft, tpot, ttft_0, tpot_0 = (
+        statistics.median(run[key] for run in of) for of in (runs, dense) for key in ("ttft_s", "tpot_s")
+    )
+    spread = f"{min(r['ttft_s'] for r in runs):.2f}-{max(r['ttft_s'] for r in runs):.2f}"
+    least = "" if setting == BASELINE else f"{bound(runs[0], length):.2f}"
+    kv, whole = runs[0]["kv"], dense[0]["kv"]
+    shares = f"{kv['bytes_end'] / whole['bytes_end']:8.2f}  {kv['bytes_peak'] / whole['bytes_peak']:4.2f}"
+    return (
+        f"{ttft:6.2f} [{spread:11}]  {ttft / ttft_0:8.2f}  {least:5}  {tpot * 1e3:8.1f}  {tpot / tpot_0:8.2f}"
+        f"  {kv['bytes_end'] / 1e6:10.1f}  {shares}"
+    )
+
+
+if __name__ == "__main__":
+    main()
