@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from mixes import Mix, Step, mixes, play, rows, stretches
 
-from firstlight.core.schedule import Admitted, Arrival, Preempted, Segment, UnitDone
+from firstlight.core.schedule import Admitted, Arrival, Plan, Preempted, Segment, UnitDone
 from firstlight.core.view import View, ViewConfig
 from firstlight.schedule.layered import Layered, LayeredConfig
 from firstlight.simulate.executor import SimRequest
@@ -135,6 +135,16 @@ def test_a_batch_that_ends_below_its_last_group_is_over() -> None:
     rest = SimRequest("a", 0.01, 1000, 1, barriers=(1,), chunk=600)
     play(mix_of(goes, rest, stage_tokens=100))
     assert len(rest.token_at) == 1
+
+
+def test_who_starts_again_is_not_taken_for_one_that_waits_above_a_barrier() -> None:
+    """Its cells above the barrier are as untouched as those of a request that only was admitted."""
+    config = ViewConfig(4, 4, 400, 4, 4096)
+    view = View.start(config).after(0.0, [Arrival("a", 40, 40, 4, 1, barriers=(1,))])
+    view = view.after(0.0, [Admitted("a", 0, free_blocks=1)])
+    view = view.after_plan(Plan(memo={"cells": {"a": (0, 40, 2, 4)}, "next": 1, "groups": 2})).after(0.0, [])
+    (unit,) = Layered(LayeredConfig(), config).step(0.0, [], view).submit
+    assert unit.segments == (Segment("a", "prefill", (0, 40), (0, 4)),)
 
 
 def test_barriers_and_chunks_go_in_groups_too() -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from firstlight.core.errors import UserError
-from firstlight.core.schedule import Plan, Segment
+from firstlight.core.schedule import Plan, Segment, legal
 from firstlight.core.view import RequestView, View, ViewConfig
 from firstlight.schedule.lane import OneLane, check_seconds
 
@@ -116,8 +116,8 @@ class Layered(OneLane):
 
 
 def _is_at(view: View, rid: str, cells: Sequence[int], layer: int) -> bool:
-    """Whether a request is where its batch is: through all of its layers below one, and none above."""
+    """Whether a request is where its batch is: the rest of its cells, from a layer on, may be next."""
     request, (t0, t1, l0, l1) = view.requests.get(rid), cells
     if request is None or request.state != "running":
         return False
-    return all(request.f[at] == (t1 if at < layer else t0) for at in range(l0, l1))
+    return legal(request.f, Segment(rid, "prefill", (t0, t1), (max(l0, layer), l1)))
