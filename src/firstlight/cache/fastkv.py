@@ -7,7 +7,7 @@ FastKV (arXiv 2502.01068, section 4.2), whose rule is SnapKV's (arXiv 2404.14469
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -45,10 +45,9 @@ class FastKVRetention(Retention):
     def __init__(self, config: FastKVRetentionConfig) -> None:
         self.config = config
         self.layers: set[int] = set()
+        self.capability = replace(self.capability, last_rows=config.window)
         if config.retain_rate == 1:
             self.capability = Capability(exact=True, alters_cells=False)
-        else:
-            self.capability = Capability(exact=False, alters_cells=False, last_rows=config.window)
 
     def bind(self, model: ModelFacts, calibration: Calibration | None) -> None:
         self.layers = set() if self.config.retain_rate == 1 else set(model.full_layers)

@@ -7,7 +7,7 @@ then the rows with most attention from the last `window` rows go on. Which K/V s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -51,6 +51,7 @@ class FastKVRows(RowPolicy):
     def __init__(self, config: FastKVRowsConfig) -> None:
         self.config = config
         self.layer = config.tsp_idx
+        self.capability = replace(self.capability, last_rows=config.window)
         if config.tsp_rate == 1:
             self.capability = Capability(exact=True, alters_cells=False, calibration=True)
 
