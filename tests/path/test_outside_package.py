@@ -69,6 +69,7 @@ def test_the_page_holds_a_package() -> None:
         "# my_methods/dilated.py",
         "# my_methods/every_other.py",
         "# my_methods/thinning.py",
+        "# my_methods/ends.py",
         "# my_methods/shortest.py",
     ]
 
@@ -92,6 +93,12 @@ def test_the_row_policy_decides_what_is_computed(package: None, model: Path) -> 
     kept = sum(n % 2 == 0 or n >= len(PROMPT) - 10 for n in range(len(PROMPT)))
     assert report["cells"]["computed"] == len(PROMPT) + (LAYERS - 1) * kept
     assert report["cells"]["absent"] == (LAYERS - 1) * (len(PROMPT) - kept)
+
+
+def test_the_retention_decides_what_stays(package: None, model: Path) -> None:
+    whole, report = answer(model)["kv"]["bytes_end"], answer(model, "ends:first=10,last=100")
+    assert report["token_ids"][0] == answer(model)["token_ids"][0] and not report["exact"]
+    assert report["kv"]["bytes_end"] == whole * 2 // 12 and report["kv"]["bytes_peak"] <= whole
 
 
 def test_the_editor_decides_what_the_tokens_are(package: None, model: Path) -> None:
@@ -118,6 +125,7 @@ def test_off_they_are_exactly_dense(package: None, model: Path) -> None:
     dense = answer(model)["token_ids"]
     assert answer(model, "dilated:window=100000")["token_ids"] == dense
     assert answer(model, "thinning:step=1")["token_ids"] == dense
+    assert answer(model, "ends:last=1000")["token_ids"] == dense
     assert answer(model, "every_other:rate=1")["token_ids"] == dense
     assert answer(model, "dilated:window=64", "thinning:layer=0")["token_ids"] != dense
 
@@ -138,7 +146,9 @@ def test_a_wrong_value_is_the_users_error(package: None, model: Path) -> None:
 
 
 def test_they_keep_the_contract(package: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["methods", "check", "dilated"]) == 0
+    for names in (["dilated"], ["ends"], ["shortest"]):
+        assert call(["methods", "check", *names]) == 0
+    capsys.readouterr()
     assert call(["methods", "check", "thinning", "dilated", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.partition("[")[2].join(["[", ""]))
+    found = json.loads(capsys.readouterr().out)
     assert {one["check"] for one in found if one["holds"]} >= {"any schedule gives the same", "alone as in any batch"}
