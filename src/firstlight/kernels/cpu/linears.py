@@ -84,7 +84,7 @@ class PackedLinears(ops.PackedLinears):
         return head.rows(ids) if isinstance(head, Panels) else super().head_rows(ids)
 
     def _pack(self, w: Tensor) -> Product:
-        return super()._pack(w) if w.dtype == torch.bfloat16 and has_tiles() else Panels(w)
+        return _product(w)
 
     def _rows_of(self, head: Tensor) -> Tensor | None:
         return None if isinstance(self._packed["head"], Panels) else super()._rows_of(head)
@@ -109,7 +109,11 @@ class Int8Linears(int8.Int8Linears):
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x [n, I], w [O, I] -> x w^T [n, O]."""
-    return PackedLinears([("w", w)])("w", x)
+    return _product(w)(x)
+
+
+def _product(w: Tensor) -> Product:
+    return ops.OneDnn(w) if w.dtype == torch.bfloat16 and has_tiles() else Panels(w)
 
 
 def _trim() -> None:
