@@ -233,7 +233,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["plan"], "plan is not built yet"),
         (["inspect", "--help"], "inspect is not built yet"),
         (["calibrate", "m", "band"], "'band' is no method that is calibrated; choose one of: "),
-        (["bench", "serve", "m"], "bench serve is not built yet; choose ttft, decode, throughput or peak"),
+        (["bench", "serve", "m"], "bench serve is not built yet; choose ttft, decode, throughput, kernel or peak"),
         (["bench", "jump", "m"], "No such command 'jump'; see firstlight bench --help"),
         (["run", "serve", "-p", "x", "--quick-brown"], "No such option: --quick-brown; see firstlight run --help"),
         (["methods", "show", "nothing"], "no method or schedule is called 'nothing'; choose one of: band"),
