@@ -110,7 +110,9 @@ def test_sizes_that_cannot_be(wrong: dict[str, int]) -> None:
         Scene(**wrong)
 
 
-def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = {"cpu": "c", "isa": "i", "threads": 1, "torch": "t", "commit": None}
+    monkeypatch.setattr("firstlight.evaluate.machine.describe_machine", lambda threads: machine)
     (tmp_path / "model").mkdir()
     sizes = [f"--{k}={v}" for k, v in {"streams": 2, "stream-tokens": 8, "prompt-tokens": 300, "repeat": 1}.items()]
     schedules = [part for name in SCHEDULES for part in ("--schedule", name)]
