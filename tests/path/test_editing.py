@@ -202,15 +202,17 @@ def test_a_cancelled_task_stops_the_edit_and_leaves_nothing(path: Path, monkeypa
 
 def test_closing_ends_an_edit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_llm(path, "llmlingua") as llm:
-        nll = ModelScorer.nll
+        nll, calls = ModelScorer.nll, []
 
         def closes(self: ModelScorer, *given: Any, **named: Any) -> list[float]:
+            calls.append(given)
             llm.close()
             return nll(self, *given, **named)
 
         monkeypatch.setattr(ModelScorer, "nll", closes)
         with pytest.raises(UserError, match="this LLM was closed"):
             llm.chat(ASKED, SHORT)
+        assert len(calls) == 1
 
 
 def test_the_whole_models_surprise_is_that_of_prompt_logprobs(dense: LLM) -> None:
@@ -226,15 +228,18 @@ def test_the_whole_models_surprise_is_that_of_prompt_logprobs(dense: LLM) -> Non
 def test_a_scorer_remembers_what_calls_have_in_common_and_nothing_else(family: str) -> None:
     model = tiny_model(num_layers=3, family=family)
     dice = torch.Generator().manual_seed(0)
-    scorer, before = ModelScorer(model), []
-    for kept in (0, 90, 30, 200, 7):
-        ids = before[:kept] + torch.randint(320, (300,), generator=dice).tolist()
-        for layers in (None, 2):
-            fresh = ModelScorer(model).nll(ids, first=kept, layers=layers)
-            assert scorer.nll(ids, first=kept, layers=layers) == pytest.approx(fresh, abs=1e-4)
+    scorers, before = {layers: ModelScorer(model) for layers in (None, 2)}, []
+    for first, thinned in ((0, 1), (90, 1), (30, 1), (260, 2), (200, 1), (300, 3)):
+        start = before[:first:thinned]
+        ids = start + torch.randint(320, (300,), generator=dice).tolist()
+        for layers, scorer in scorers.items():
+            fresh = ModelScorer(model).nll(ids, layers=layers)[len(start) :]
+            assert scorer.nll(ids, first=len(start), layers=layers) == pytest.approx(fresh, abs=1e-4)
         before = ids
     assert ModelScorer(model).nll(ids) != pytest.approx(ModelScorer(model).nll(ids, layers=2), abs=1e-2)
-    assert scorer.nll([5]) == [0.0] and scorer.nll([5, 6], first=2) == []
+    assert scorers[2].nll([5]) == [0.0] and scorers[2].nll([5, 6], first=2) == []
+    changed = scorers[None].nll(ids, layers=2)
+    assert changed == pytest.approx(ModelScorer(model).nll(ids, layers=2), abs=1e-4)
 
 
 def test_among_some_tokens_their_chances_sum_to_one() -> None:
