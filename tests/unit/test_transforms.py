@@ -46,17 +46,17 @@ def seen(plan: AttnPlan | None, first: int, last: int) -> Tensor:
     out = torch.zeros(last - first + 1, HEADS, KEYS, dtype=torch.bool)
     if plan is None:
         return ~out
+    key = torch.arange(KEYS)
     for t in range(first, last + 1):
         slot = int(plan.tile_map[t // plan.q_tile - int(plan.tile_first[0])])
-        for h in range(HEADS):
-            row = slot * plan.num_lists + int(plan.head_map[h])
+        for number in range(plan.num_lists):
+            row = slot * plan.num_lists + number
             sink, window = plan.band[row].tolist()
-            for j in range(KEYS):
-                out[t - first, h, j] = window == DENSE or j < sink or (window > 0 and t - j < window)
+            see = (key < sink) | ((t - key < window) if window > 0 else torch.tensor(window == DENSE))
             for ptr, idx, unit in ((plan.blk_ptr, plan.blk_idx, plan.blk), (plan.col_ptr, plan.col_idx, 1)):
                 if ptr is not None and idx is not None:
-                    for b in idx[int(ptr[row]) : int(ptr[row + 1])].tolist():
-                        out[t - first, h, b * unit : (b + 1) * unit] = True
+                    see = see | torch.isin(key // unit, idx[int(ptr[row]) : int(ptr[row + 1])])
+            out[t - first, plan.head_map == number] = see
     return out
 
 
