@@ -108,6 +108,7 @@ def test_equal_deadlines_go_in_order_of_arrival_without_a_yield(slo: float | Non
     steps = play(mix_of(*same))
     assert [r.rid for r in sorted(same, key=lambda r: r.ended_at or inf)] == ["r0", "r1", "r2", "r3"]
     assert num_yields(steps) == 0
+    assert all(later.admitted_at[0] >= (one.ended_at or inf) for one, later in pairwise(same)), "blocks were kept free"
 
 
 @settings(max_examples=60)
