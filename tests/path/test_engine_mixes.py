@@ -76,7 +76,7 @@ def mix(engine: Engine, seed: int, chaos: bool = False) -> dict[str, str | None]
     def at_a_stop(*_: object) -> None:
         if coming and rng.random() < 0.05:
             alive.append(engine.add(coming.pop()).rid)
-        if alive and rng.random() < 0.01:
+        if alive and rng.random() < 0.03:
             engine.cancel(rng.choice(alive))
         if chaos and rng.random() < 0.1:
             engine.nudge()
@@ -125,7 +125,7 @@ def test_every_schedule_leaves_nothing(
     """In a pool that preempts; cancels reach units that stand half through, and requests between two groups."""
     if parked:
         part = Part("half", "tokens", ParksHalf(), None, Capability(alters_cells=False, prefix_stable=False))
-        monkeypatch.setattr(build, "make_parts", lambda methods: [part])
+        monkeypatch.setattr(build, "make_parts", lambda methods, model: [part])
     engine = tiny_engine(kv_memory=str(4 * COLUMN), schedule=schedule)
     counted = Counted()
     counted.watch(engine)

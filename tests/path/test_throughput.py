@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
+from firstlight.engine.editing import Editing
 from firstlight.evaluate.throughput import measure
 from tests.tiny import VOCABULARY, tiny_engine
 
@@ -21,6 +23,8 @@ class Watched:
     def __init__(self, **options: Any) -> None:
         self.options = Options(prefix_cache="off", **options)
         self.engine = tiny_engine(prefix_cache="off", **options)
+        self.answers = SimpleNamespace(editing=Editing(self.engine.parts, self.engine.machine.model))
+        self.tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
         self.prompts: list[list[int]] = []
         self.most = 0
         self._add, self._step = self.engine.add, self.engine.step
