@@ -398,8 +398,11 @@ def _read(call: AttnCall, i: int) -> int:
 
 def _beyond(live: LiveRequest, layer: int, tok: Tensor) -> int:
     """Entries that writing these ordinals adds at most to a row of the layer."""
-    if live.kv.is_identity_row(layer):
-        return max(int(tok[-1]) + 1 - int(live.kv.length[layer, 0]), 0) if len(tok) else 0
+    if not len(tok):
+        return 0
+    first, last, length = int(tok[0]), int(tok[-1]), int(live.kv.length[layer, 0])
+    if live.kv.is_identity_row(layer) and last - first + 1 == len(tok) and first <= length:
+        return max(last + 1 - length, 0)
     return len(tok)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firstlight.cache.table import blocks_for
 from firstlight.core import calibration
 from firstlight.core.calibration import Calibration
 from firstlight.core.config import Options
@@ -389,7 +390,9 @@ def _is_empty(engine: Engine) -> None:
 
 
 def _check_table(kv: Any, num_known: int) -> None:
-    """Each token at most once in each row of the table, in order."""
+    """Each token at most once in each row of the table, in order, and no more blocks than entries need."""
+    if bool((kv.num_blocks > blocks_for(kv.length) + 1).any()):
+        raise Broken(f"rows of {kv.length.max()} entries hold up to {kv.num_blocks.max()} blocks")
     for layer in range(LAYERS):
         tok, length = kv.ordinals(layer), kv.length[layer].tolist()
         for head, n in enumerate(length):
