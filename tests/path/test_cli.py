@@ -137,7 +137,10 @@ def test_a_contest_of_our_own_engines(model: str, tmp_path: Path, capsys: pytest
     [
         (["-p", "x", "--method", "nothing"], "no method is called 'nothing'; choose one of: band"),
         (["-p", "x", "--method", "band:size=3"], "band has no setting 'size'; it has: sink, window"),
-        (["-p", "x", "--schedule", "nothing"], "no schedule is called 'nothing'; choose one of: flowprefill, layered, sarathi"),
+        (
+            ["-p", "x", "--schedule", "nothing"],
+            "no schedule is called 'nothing'; choose one of: flowprefill, layered, sarathi",
+        ),
         (["-p", "x", "--kv-memory", "1KiB"], "KV"),
         (["-f", str(DOCUMENT), "-p", "x", "--max-model-len", "100"], "tokens, the limit is 99"),
     ],
