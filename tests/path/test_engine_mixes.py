@@ -131,7 +131,7 @@ def test_every_schedule_leaves_nothing(
     counted.watch(engine)
     for seed in range(50):
         counted.ends += mix(engine, seed).values()
-    assert counted.ends.count("cancelled") > 30 and counted.ends.count("length") > 60
+    assert counted.ends.count("cancelled") > 15 and counted.ends.count("length") > 60
     assert counted.num_preempted >= num_preempted and counted.num_yielded >= num_yielded
 
 
@@ -145,7 +145,7 @@ def test_random_mixes_with_cancels_leave_nothing(options: dict[str, object], cha
     counted.watch(engine)
     for seed in range(167):
         counted.ends += mix(engine, seed, chaos).values()
-    assert counted.ends.count("cancelled") > 100 and counted.ends.count("length") > 100
+    assert counted.ends.count("cancelled") > 60 and counted.ends.count("length") > 100
     assert counted.num_preempted > (200 if chaos else 8) and counted.num_yielded > (500 if chaos else 20)
 
 
