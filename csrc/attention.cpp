@@ -203,6 +203,7 @@ class TileWork {
         }
         for (int j = 0; j < active; ++j) {
             product<T>(rows_, BLOCK, s_.q.data(), dim_, 0, &keys_[j], 1, groups_, &s_.score[j * BLOCK], SPLIT);
+            if (call_.cap > 0) cap(j * BLOCK);
             if (full_[j]) {
                 visible_ += (int64_t)rows_ * BLOCK;
                 continue;
@@ -215,6 +216,20 @@ class TileWork {
             }
         }
         return active;
+    }
+
+    // Soft cap on a block's scores, which `scale` has not multiplied yet.
+    void cap(int at) {
+        const vf zero = {}, one = all(1.0f), limit = all(call_.cap / call_.scale);
+        const vf steep = all(2 * LOG2E * call_.scale / call_.cap);
+        for (int i = 0; i < rows_; ++i) {
+            float* score = &s_.score[(size_t)i * SPLIT + at];
+            for (int e = 0; e < BLOCK; e += W) {
+                const vf x = load(score + e), size = max(x, -x);
+                const vf small = exp2<5>(-(size * steep)), tanh = (one - small) / (one + small) * limit;
+                store(score + e, x < zero ? -tanh : tanh);
+            }
+        }
     }
 
     // Softmax of split n and its product with V: part [rows, D], top and total [rows]; false if nobody sees anything.

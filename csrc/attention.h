@@ -38,6 +38,7 @@ struct AttnArgs {
     const void* v;
     int64_t num_heads, num_kv_heads, head_dim;
     float scale;
+    float cap;  // of scores: s becomes cap * tanh(s / cap); 0 = none
     int64_t num_requests;
     const int64_t* row_ptr;  // [B + 1]
     const int64_t* tok;      // [N]

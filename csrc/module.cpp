@@ -40,7 +40,7 @@ using Numbers = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>
 
 // `call`, `plan`, `probe`: the fields of AttnArgs, PlanLists and the probe's in the order of cpu/attention.py.
 int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers> probe, Address views, float scale,
-               int64_t r0, int64_t r1, int threads, bool bf16) {
+               float cap, int64_t r0, int64_t r1, int threads, bool bf16) {
     const int64_t* c = call.data();
     AttnArgs a{};
     a.q = at<void>(c[0]), a.q_row = c[1], a.q_head = c[2];
@@ -49,7 +49,7 @@ int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers>
     a.num_heads = c[9], a.num_kv_heads = c[10], a.head_dim = c[11];
     a.num_requests = c[12], a.row_ptr = at<int64_t>(c[13]), a.tok = at<int64_t>(c[14]), a.pos = at<int64_t>(c[15]);
     a.model_window = c[16];
-    a.views = at<int64_t>(views), a.scale = scale, a.r0 = r0, a.r1 = r1, a.threads = threads;
+    a.views = at<int64_t>(views), a.scale = scale, a.cap = cap, a.r0 = r0, a.r1 = r1, a.threads = threads;
     PlanLists lists{};
     if (plan) {
         const int64_t* p = plan->data();
@@ -90,7 +90,7 @@ NB_MODULE(_native, m) {
     m.def("choose", choose, nb::arg("name"), "run this variant from now on; false if the processor can't");
     m.def("active", [] { return std::string(active->name); });
     m.def("attend", attend, nb::arg("call"), nb::arg("plan").none(), nb::arg("probe").none(), nb::arg("views"),
-          nb::arg("scale"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"));
+          nb::arg("scale"), nb::arg("cap"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"));
     const nb::call_guard<nb::gil_scoped_release> unlocked;
     m.def("rms_norm", row_operator<&Kernels::rms_norm, Address, float>(), unlocked);
     m.def("add_norm", row_operator<&Kernels::add_norm, Address, int64_t, Address, float>(), unlocked);

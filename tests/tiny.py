@@ -36,7 +36,13 @@ def tiny_config(num_layers: int = 2, family: str = "llama") -> ModelConfig:
     special: dict[str, dict[str, Any]] = {
         "mistral": {"window": WINDOW, "local_layers": layers},
         "qwen3_moe": {"num_experts": 5, "num_experts_used": 2, "intermediate_size": 64},
-        "gemma3": {"window": WINDOW, "local_layers": layers[:-1], "local_rope_theta": 500.0, "logit_cap": 20.0},
+        "gemma3": {
+            "window": WINDOW,
+            "local_layers": layers[:-1],
+            "local_rope_theta": 500.0,
+            "logit_cap": 20.0,
+            "score_cap": 3.0,
+        },
     }
     return replace(shape, **special.get(family, {}))
 

@@ -62,6 +62,8 @@ class Spec:
     q_tile: int = 64
     blk: int = 64
     model_window: int | None = None
+    cap: float | None = None
+    """Soft cap on scores."""
     hidden: float = 0.0
     """Share of entries that `visible` hides."""
     probe_rows: int = 0
@@ -98,6 +100,7 @@ def specs(batch: st.SearchStrategy[tuple[Req, ...]], **fixed: object) -> st.Sear
         "q_tile": st.sampled_from([16, 64, 128]),
         "blk": st.sampled_from([16, 32, 64, 128]),
         "model_window": st.sampled_from([None, None, 1, 50]),
+        "cap": st.sampled_from([None, None, None, 0.7]),
         "hidden": st.sampled_from([0, 0, 0.3]),
         "probe_rows": st.sampled_from([0, 1, 20]),
         "warped": st.booleans(),
@@ -127,6 +130,7 @@ def build(spec: Spec) -> AttnCall:
     )
     plan = _plan(rng, spec, row_tok, views)
     call = AttnCall(q, rows, layout, views, torch.empty_like(q), spec.dim**-0.5, plan, spec.model_window)
+    call.score_cap = spec.cap
     return fresh(replace(call, probe=_probe(spec, row_tok, views) if spec.probe_rows else None))
 
 

@@ -311,6 +311,7 @@ class Pass:
             kv=[m.live.kv.view(layer, m.visible) for m in members],
             out=out[lo:] if lo else out,
             scale=model.scale,
+            score_cap=model.config.score_cap,
             plan=plan,
             model_window=model.windows[layer],
             probe=probes.rows(members) if probes else None,

@@ -89,6 +89,8 @@ class AttnCall:
     model_window: int | None = None
     """The row sees positions greater than its own minus this."""
     probe: ProbeRows | None = None
+    score_cap: float | None = None
+    """A scaled score s becomes cap * tanh(s / cap)."""
     lse: Tensor | None = None
     """f32 [N, Hq], written if given."""
     stats: AttnStats = field(default_factory=AttnStats)

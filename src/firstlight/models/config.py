@@ -48,6 +48,8 @@ class ModelConfig:
     """RoPE base of local layers, unscaled; None = as the others."""
     score_scale: float | None = None
     """What scores are multiplied by; None = 1 / sqrt(head_dim)."""
+    score_cap: float | None = None
+    """Soft cap on scores; None = none."""
     logit_cap: float | None = None
     """Logits are bent into (-cap, cap)."""
     num_experts: int = 0

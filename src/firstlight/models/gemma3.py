@@ -45,8 +45,8 @@ class Gemma3(Decoder):
 
     @classmethod
     def hf_settings(cls, f: Fields) -> Settings:
-        if f.flag("use_bidirectional_attention", False) or f.has("attn_logit_softcapping"):
-            raise UserError("attention both ways or with a soft cap on scores is not supported; use another model")
+        if f.flag("use_bidirectional_attention", False):
+            raise UserError("attention both ways is not supported; use another model")
         ropes = f.mapping("rope_parameters")
         split = {kind: Fields(Fields(ropes).mapping(kind)) for kind in (_GLOBAL, _LOCAL)}
         scaling = dict(f.mapping("rope_scaling") or split[_GLOBAL].values)
@@ -58,6 +58,7 @@ class Gemma3(Decoder):
             "local_rope_theta": split[_LOCAL].real("rope_theta", f.real("rope_local_base_freq", _LOCAL_THETA)),
             "rope_scaling": None if kind == "default" else {**scaling, "rope_type": kind},
             "score_scale": _scale(f.real("query_pre_attn_scalar", 256.0)),
+            "score_cap": f.real("attn_logit_softcapping") if f.has("attn_logit_softcapping") else None,
             "logit_cap": f.real("final_logit_softcapping") if f.has("final_logit_softcapping") else None,
         }
 
@@ -71,6 +72,7 @@ class Gemma3(Decoder):
             "rope_theta": f.real("rope.freq_base", _THETA),
             "local_rope_theta": f.real("rope.freq_base_swa", _LOCAL_THETA),
             "score_scale": None if scalar is None else _scale(scalar),
+            "score_cap": f.real("attn_logit_softcapping") if f.has("attn_logit_softcapping") else None,
             "logit_cap": f.real("final_logit_softcapping") if f.has("final_logit_softcapping") else None,
         }
 

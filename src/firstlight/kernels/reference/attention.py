@@ -75,7 +75,10 @@ def _attend_head(call: AttnCall, b: int, h: int, lo: int, hi: int) -> None:
     seen = visible_mask(call, b, h, lo, hi)
     heads = slice(h * seen.shape[1], (h + 1) * seen.shape[1])
     k, v = (_entries(x, seen) for x in call.layout.read_blocks(call.kv[b].table[h : h + 1]))
-    score = (call.q[lo:hi, heads].double() @ k.T * call.scale).masked_fill(~seen, -torch.inf)
+    score = call.q[lo:hi, heads].double() @ k.T * call.scale
+    if call.score_cap is not None:
+        score = call.score_cap * torch.tanh(score / call.score_cap)
+    score = score.masked_fill(~seen, -torch.inf)
     lse = score.logsumexp(-1)
     # An empty set has lse -inf and would give nan here; its weights are all masked, so it gets 0.
     weight = torch.exp(score - lse[..., None]).masked_fill(~seen, 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from firstlight.kernels.contract import SPLIT, AttnCall
 from firstlight.kernels.kv_layout import BLOCK
 from firstlight.kernels.torch.gather import Tile, entries, pack, tile_span, tiles, unpack
+from firstlight.kernels.torch.ops import capped, linear
 from firstlight.kernels.torch.probe import add_probe_sums
 from firstlight.kernels.torch.visibility import visible_mask
 
@@ -68,10 +69,10 @@ def _plain_parts(tile: Tile, before: tuple[Tensor, Tensor]) -> Parts:
     q, parts = pack(tile), []
     if tile.start:
         k, v = (t[:, : tile.start] for t in before)
-        parts.append(_flash_part(q, k, v, None, tile.call.scale))
+        parts.append(_part(q, k, v, None, tile.call))
     k, v = entries(tile, tile.start, tile.start + tile.size, _ordinals_upto(tile))
     mask = _triangle(tile.size, q.shape[2] // tile.size, q.dtype)
-    return [*parts, _flash_part(q, k, v, mask, tile.call.scale)]
+    return [*parts, _part(q, k, v, mask, tile.call)]
 
 
 def _ordinals_upto(tile: Tile) -> Tensor | None:
@@ -119,7 +120,7 @@ def _attend_decode(call: AttnCall, rows: list[Tile]) -> None:
     tables = [tile.view.table.reshape(-1).index_select(0, p) for tile, p in zip(rows, shape.places)]
     k, v = call.layout.read_blocks(torch.cat(tables).view(-1, SPLIT // BLOCK))
     q = call.q.index_select(0, shape.query).view(len(k), 1, -1, call.q.shape[2])
-    out, lse = (t.reshape(len(shape.query), -1, *t.shape[2:]) for t in _flash_part(q, k, v, shape.mask, call.scale))
+    out, lse = (t.reshape(len(shape.query), -1, *t.shape[2:]) for t in _part(q, k, v, shape.mask, call))
     if shape.depth > 1:
         out, lse = _merge(*_by_part(out, lse, shape, len(rows)))
     call.out[shape.lo] = out.to(call.out.dtype)
@@ -191,13 +192,26 @@ def _masked_parts(tile: Tile) -> Parts:
         placed[:, tile.place] = see.expand(-1, -1, group, -1)
         hidden = ~placed.view(-1, 1, tile.size * group, SPLIT)
         mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf)
-        out, lse = _flash_part(q, k, v, mask.expand(hkv, -1, -1, -1), call.scale)
+        out, lse = _part(q, k, v, mask.expand(hkv, -1, -1, -1), call)
         # Rows that see nothing here: the operator says lse 0, the truth is -inf.
         parts.append((out, lse.masked_fill(hidden.all(-1).squeeze(1), -math.inf)))
     return parts or [nothing]
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttnCall) -> tuple[Tensor, Tensor]:
+    """q [H, 1, R, D], k, v [H, n, D], additive mask [.., 1 or R, n] -> out f32 [H, R, D], lse f32 [H, R]."""
+    if call.score_cap is None:
+        return _flash_part(q, k, v, mask, call.scale)
+    heads = [linear(x.float(), y.float().contiguous()) for x, y in zip(q.squeeze(1), k)]
+    score = capped(torch.stack(heads) * call.scale, call.score_cap)
+    score = score if mask is None else score + mask.float().squeeze(1)
+    lse = score.logsumexp(-1)
+    weight = torch.exp(score - lse[..., None]).nan_to_num_(0.0)
+    outs = [linear(w, y.float().T.contiguous()) for w, y in zip(weight, v)]
+    return torch.stack(outs), lse
 
 
 def _flash_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,11 @@ def _given(x: Tensor, dtype: torch.dtype, smooth: Tensor | None) -> Tensor | Row
     return x.to(dtype) if smooth is None else quantise(x, smooth)
 
 
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), of operators whose vectorised and scalar forms agree."""
+    return cap - 2 * cap / (torch.exp(x * (2 / cap)) + 1)
+
+
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x [n, I], w [O, I] (plain or packed) -> x w^T [n, O]; few rows are padded to MIN_ROWS."""
     n = x.shape[0]

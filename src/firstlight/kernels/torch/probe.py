@@ -10,7 +10,7 @@ from torch import Tensor
 
 from firstlight.kernels.contract import SPLIT
 from firstlight.kernels.torch.gather import Tile, entries
-from firstlight.kernels.torch.ops import linear
+from firstlight.kernels.torch.ops import capped, linear
 from firstlight.kernels.torch.visibility import visible_mask
 
 
@@ -38,7 +38,10 @@ def _add_split(rows: Tile, lse: Tensor, colsum: Tensor, a: int) -> None:
     group = q.shape[2]
     for h in range(hkv):
         scores = linear(q[:, h].reshape(n * group, -1), k[h].float().contiguous()).view(n, group, SPLIT)
-        mass = torch.exp(scores.mul_(rows.call.scale) - lse[:, h * group : (h + 1) * group, None])
+        scores.mul_(rows.call.scale)
+        if rows.call.score_cap is not None:
+            scores = capped(scores, rows.call.score_cap)
+        mass = torch.exp(scores - lse[:, h * group : (h + 1) * group, None])
         mass.masked_fill_(~see[h if see.shape[0] > 1 else 0], 0)
         part = colsum[h, a : a + SPLIT]
         for row in mass.view(n * group, SPLIT)[:, : part.shape[0]]:
