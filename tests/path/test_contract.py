@@ -17,7 +17,8 @@ from firstlight.core import registry
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability, Cut, Keep, Obs, PartContext, RequestRows, Retention, RowPolicy
 from firstlight.core.registry import Method
-from firstlight.evaluate.contract import Broken, Subject, checks, run, schedule_checks
+from firstlight.evaluate.contract import checks, run, schedule_checks
+from firstlight.evaluate.trial import Broken, Subject
 
 NAMES = registry.names()
 SCHEDULES = registry.names(schedules=True)

@@ -77,7 +77,8 @@ def check(
 
     firstlight methods check band
     """
-    from firstlight.evaluate.contract import Broken, Subject, checks, run, schedule_checks
+    from firstlight.evaluate.contract import checks, run, schedule_checks
+    from firstlight.evaluate.trial import Broken, Subject
 
     given = [registry.Method.parse(name) for name in names]
     schedules = [method for method in given if method.name in registry.names(schedules=True)]

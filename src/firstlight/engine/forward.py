@@ -177,8 +177,8 @@ class Pass:
         if (batch := self._batch) is None:
             batch = self._batch = Batch(self._members, self.machine.model)
             self._fine = self.unit.yield_at in _INSIDE_LAYERS or self._seconds(batch) > SLICE_S
-        rate = self.machine.linear
-        blocks = batch.blocks(rate.rows(self.machine.model.layer_flops))
+        step = self.machine.linear.rows(self.machine.model.layer_flops)
+        blocks = batch.blocks(step)
         q, k, v = yield from self._qkv(layer, batch, blocks)
         for m in batch.governed:
             self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
@@ -191,7 +191,7 @@ class Pass:
         if self._fine:
             yield Stop("sublayer", layer, "attend")
         batch, attended = self._early(layer, batch, attended)
-        yield from self._finish(layer, batch.blocks(rate.rows(self.machine.model.layer_flops)), attended)
+        yield from self._finish(layer, batch.blocks(step), attended)
         self._after(layer, batch, probes, aside)
         if self._fine:
             yield Stop("sublayer", layer, "mlp")
