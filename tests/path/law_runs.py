@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from firstlight.cache.digests import Digests
 from firstlight.cache.pool import Pool
 from firstlight.core.registry import Method, Part, make_schedule
 from firstlight.core.request import Request, SamplingParams
@@ -18,6 +19,7 @@ from firstlight.engine.admission import Limits
 from firstlight.engine.engine import Engine
 from firstlight.engine.forward import Machine
 from firstlight.engine.park import ParkStore
+from firstlight.engine.planning import Planning
 from firstlight.evaluate.chaos import Chaos
 from firstlight.models.decoder import Decoder
 from firstlight.reuse.prefix import PrefixCache
@@ -52,7 +54,7 @@ def engine(model: Decoder, policy: Policy | str, columns: int, parts: Sequence[P
     pool = Pool(columns * per_column, config.head_dim, model.dtype)
     view = ViewConfig(config.num_layers, per_column, pool.total, 8, 2048)
     made = Watched(
-        Machine(model, model.ops, ParkStore()),
+        Machine(model, model.ops, ParkStore(), Planning(Digests(pool, ()))),
         pool,
         make_schedule(Method.parse(policy), view) if isinstance(policy, str) else policy,
         view,

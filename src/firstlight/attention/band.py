@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from firstlight.core.attn import AttnPlan, PlanContext
+from firstlight.core.attn import AttnPlan, PlanContext, Planner
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability
 from firstlight.kernels.kv_layout import BLOCK
@@ -35,7 +35,7 @@ class BandConfig:
                 raise UserError(f"band: {key}={value!r} is no number of tokens; give a whole number from {least} up")
 
 
-class Band:
+class Band(Planner):
     """The attention part of `band`: one slot, one list, no blocks."""
 
     name = "band"

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from firstlight.core.attn import DENSE, AttnPlan, PlanContext
+from firstlight.core.attn import DENSE, AttnPlan, PlanContext, Planner
 from firstlight.core.calibration import Calibration
-from firstlight.core.parts import Bound, Capability, ModelFacts
+from firstlight.core.parts import Capability, ModelFacts
 from firstlight.core.streaming import StreamingConfig, read_table, streaming_heads
 from firstlight.kernels.kv_layout import BLOCK
 
@@ -25,7 +25,7 @@ _ALL, _STREAM = 0, 1
 """The two lists of a plan."""
 
 
-class DuoAttention(Bound):
+class DuoAttention(Planner):
     """The attention part: two lists, one slot."""
 
     name = "duoattention"

@@ -15,7 +15,7 @@ from firstlight.core.attn import AttnPlan, PlanContext, Planner
 
 
 @dataclass
-class ByHead:
+class ByHead(Planner):
     """`scoped` decides its own heads, `rest` the others. Each has a scratch of its own."""
 
     scoped: Any
@@ -26,6 +26,9 @@ class ByHead:
         own, other = (replace(ctx, state=ctx.state.setdefault(name, {})) for name in ("scoped", "rest"))
         plan = self.rest.plan(other)
         return plan if heads is None else by_head(heads, self.scoped.plan(own), plan)
+
+    def operations(self, ctx: PlanContext) -> float:
+        return float(self.scoped.operations(ctx)) + self.rest.operations(ctx)
 
 
 def joined(planners: Sequence[Any]) -> Planner | None:

@@ -1,6 +1,6 @@
 """Plan to plan: what lets planners of different grain and scope work together (README-attention, section 2).
 
-Planners say which keys rows see and never how a kernel packs them; everything here keeps the visible set of every head.
+Planners say which keys rows see and never how a kernel packs them. Everything here keeps the visible set of every head.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ def by_head(heads: Tensor, chosen: AttnPlan | None, rest: AttnPlan | None) -> At
     some = chosen or rest
     assert some is not None
     first, other = (dense_like(some, len(heads)) if plan is None else plan for plan in (chosen, rest))
-    q_tile, blk = gcd(first.q_tile, other.q_tile), gcd(first.blk, other.blk)
-    first, other = _aligned(*(reblock(retile(plan, q_tile), blk) for plan in (first, other)))
+    first, other = aligned(first, other)
     slots, tile_map = torch.unique(torch.stack([first.tile_map, other.tile_map]), dim=1, return_inverse=True)
     list_of = torch.where(heads, first.head_map, other.head_map + first.num_lists)
     lists, head_map = torch.unique(list_of, return_inverse=True)
     return AttnPlan(
-        q_tile=q_tile,
-        blk=blk,
+        q_tile=first.q_tile,
+        blk=first.blk,
         head_map=head_map.to(torch.int16),
         tile_base=first.tile_base,
         tile_first=first.tile_first,
@@ -81,8 +80,10 @@ def reblock(plan: AttnPlan, blk: int) -> AttnPlan:
     return replace(plan, blk=blk, blk_ptr=plan.blk_ptr * times, blk_idx=parts.flatten())
 
 
-def _aligned(first: AttnPlan, other: AttnPlan) -> tuple[AttnPlan, AttnPlan]:
-    """The tiles that both have: one that was coarser may begin earlier and end later than the rows do."""
+def aligned(first: AttnPlan, other: AttnPlan) -> tuple[AttnPlan, AttnPlan]:
+    """Both on common tiles and blocks, with only the tiles that both have: coarse ones may begin earlier, end later."""
+    q_tile, blk = gcd(first.q_tile, other.q_tile), gcd(first.blk, other.blk)
+    first, other = (reblock(retile(plan, q_tile), blk) for plan in (first, other))
     begins = [int(plan.tile_first) for plan in (first, other)]
     begin, end = max(begins), min(b + len(p.tile_map) for b, p in zip(begins, (first, other)))
     base, start = torch.tensor([0, end - begin], dtype=torch.int32), torch.tensor([begin], dtype=torch.int32)

@@ -26,6 +26,8 @@ class Pool:
         self.block_nbytes = KVLayout.block_nbytes(head_dim, dtype)
         self.reclaim: Callable[[int], None] = lambda count: None
         """Asks the prefix cache to let `count` blocks go."""
+        self.changed: Callable[[Ids], None] = lambda ids: None
+        """Told of blocks whose entries are no longer what they were."""
         self.reserved = 0
         """Blocks promised to admitted requests and not yet taken."""
         self._held = np.zeros(total + 1, np.int32)
@@ -59,6 +61,7 @@ class Pool:
         self._num_free -= count
         ids = np.sort(self._free[self._num_free : self._num_free + count])
         self._held[ids] = 1
+        self.changed(ids)
         self.layout.clear(torch.from_numpy(ids.astype(np.int64)))
         return ids
 

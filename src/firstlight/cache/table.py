@@ -62,6 +62,12 @@ class RequestKV:
     def is_identity_row(self, layer: int) -> bool:
         return layer not in self._explicit
 
+    def is_common(self, layer: int) -> bool:
+        """Whether all heads of an explicit layer hold the same ordinals."""
+        length = self.length[layer]
+        tok = self._explicit[layer][0][:, : int(length[0])]
+        return bool((length == length[0]).all()) and bool((tok == tok[:1]).all())
+
     # --- blocks ---------------------------------------------------------------------------------------------------
 
     def missing(self, layers: tuple[int, int], more: int) -> int:
@@ -177,7 +183,7 @@ class RequestKV:
         if self._last(layer) < first:
             self._append(layer, tok, pos, k, v)
             return
-        if self._is_common(layer):
+        if self.is_common(layer):
             self._upsert(layer, None, tok, pos, k, v)
             return
         for head in range(k.shape[1]):
@@ -196,6 +202,8 @@ class RequestKV:
         if self.windows is not None and (self.num_blocks[lo:hi] * BLOCK <= last).any():
             return None
         self._own(slice(lo, hi), slice(None), first // BLOCK, last // BLOCK + 1)
+        if first < int(self.length[lo:hi].max()):
+            self.pool.changed(self.table[lo:hi, :, first // BLOCK : last // BLOCK + 1].ravel())
         entry = tok.numpy()
         blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
         return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1))).unbind()
@@ -289,7 +297,9 @@ class RequestKV:
         if len(entry) == 0:
             return
         heads = slice(None) if head is None else slice(head, head + 1)
-        self._own(slice(layer, layer + 1), heads, int(entry.min()) // BLOCK, int(entry.max()) // BLOCK + 1)
+        first, end = int(entry.min()) // BLOCK, int(entry.max()) // BLOCK + 1
+        self._own(slice(layer, layer + 1), heads, first, end)
+        self.pool.changed(self.table[layer, heads, first:end].ravel())
         slots = torch.from_numpy(self._slots(layer, head, entry)).view(len(entry), -1)
         shape = (*slots.shape, k.shape[-1])
         self.pool.layout.write(slots, k.reshape(shape), v.reshape(shape))
@@ -316,12 +326,6 @@ class RequestKV:
         tok, length = self._explicit[layer][0], self.length[layer]
         ends = (int(tok[head, n - 1]) for head, n in enumerate(length.tolist()) if n)
         return max(ends, default=-1)
-
-    def _is_common(self, layer: int) -> bool:
-        """Whether all heads of an explicit layer hold the same ordinals."""
-        length = self.length[layer]
-        tok = self._explicit[layer][0][:, : int(length[0])]
-        return bool((length == length[0]).all()) and bool((tok == tok[:1]).all())
 
     def _append(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Ordinals beyond all that the layer holds, in all heads at once: what every decode step does."""

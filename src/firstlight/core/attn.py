@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from firstlight.core.parts import Bound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,11 +75,29 @@ class PlanContext:
     """() -> [Hkv, n_kv, D]: the keys of the view, read only when asked for."""
     state: dict[str, Any]
     """The request's scratch for this method; dropped with the request."""
+    place: Tensor | None = None
+    """i64 [n]: the number of each row's own entry in the view, and so the last entry that it may read. Equal to `tok`
+    as long as nothing was dropped; None where heads hold different entries."""
+    scale: float = 1.0
+    """What a product of query and key is multiplied by."""
+    digest: Callable[[str], Tensor] | None = None
+    """name -> [Hkv, nb, ...]: a summary of each of the view's blocks that the capability names (`cache/digests.py`)."""
+    entries: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """() -> k, v [Hkv, n_kv, D] of the view."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the rows are of generated tokens."""
+        return int(self.tok[-1]) >= self.prompt_len
 
 
-class Planner(Protocol):
-    """The attention/ part of a method."""
+class Planner(Bound):
+    """The attention/ part of a method: which keys a row reads."""
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """A plan for this one request (B = 1), or None for dense."""
-        ...
+        return None
+
+    def operations(self, ctx: PlanContext) -> float:
+        """Multiplications and additions that `plan` will spend on this: what the cost guard reckons with."""
+        return 0.0

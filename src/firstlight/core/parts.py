@@ -42,6 +42,8 @@ class Capability:
     """A segment length that every policy honours, for a lone request too."""
     digests: tuple[str, ...] = ()
     """Per-block summaries that the cache must write."""
+    looks: bool = False
+    """A planner that looks at keys, so that planning takes time which must pay."""
     some_heads: bool = False
     """A planner that decides only the query heads that its `heads(layer)` tells, bool [Hq] or None for none."""
     calibration: bool = False

@@ -9,17 +9,20 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from firstlight.cache.digests import Digests
 from firstlight.cache.pool import Pool
 from firstlight.core.config import Options, as_method
 from firstlight.core.errors import UserError
 from firstlight.core.registry import make_parts, make_schedule
 from firstlight.core.view import ViewConfig
 from firstlight.engine.admission import Limits
+from firstlight.engine.costs import measure as measure_costs
 from firstlight.engine.engine import Engine
 from firstlight.engine.eventlog import EventLog
 from firstlight.engine.forward import Machine
 from firstlight.engine.memory import num_blocks
 from firstlight.engine.park import ParkStore
+from firstlight.engine.planning import Planning
 from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
 from firstlight.models.calibration import measure, remember, remembered
@@ -47,6 +50,10 @@ def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Op
     block_nbytes = KVLayout.block_nbytes(config.head_dim, model.dtype)
     total = num_blocks(options, max_len, column, block_nbytes, BLOCK)
     pool = Pool(total, config.head_dim, model.dtype)
+    names = {name for part in parts for name in part.capability.digests}
+    looks = any(part.seam == "attention" and part.capability.looks for part in parts)
+    costs = measure_costs(ops, config, model.dtype) if looks and not options.deterministic else None
+    planning = Planning(Digests(pool, sorted(names)), costs)
     method = as_method(options.schedule)
     view_config = ViewConfig(
         num_layers=config.num_layers,
@@ -59,7 +66,7 @@ def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Op
         schedule={"name": method.name, "settings": dict(method.settings)},
     )
     return Engine(
-        Machine(model, ops, ParkStore()),
+        Machine(model, ops, ParkStore(), planning),
         pool,
         make_schedule(method, view_config),
         view_config,

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from firstlight.core.attn import PlanContext
 from firstlight.core.parts import Keep, Merge
 from firstlight.core.schedule import Segment, WorkUnit, YieldAt
 from firstlight.engine.batch import Batch, Block, Member
 from firstlight.engine.cuts import CutTaken, RowCuts
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.park import ParkStore
+from firstlight.engine.planning import Planning
 from firstlight.engine.probes import Probes
 from firstlight.engine.rates import SLICE_S, Rate
 from firstlight.engine.spans import joined
@@ -51,6 +51,7 @@ class Machine:
     model: Decoder
     ops: ModuleType
     park: ParkStore
+    planning: Planning
     linear: Rate = field(default_factory=Rate)
     attention: Rate = field(default_factory=Rate)
 
@@ -289,9 +290,10 @@ class Pass:
             call = self._call(layer, members, rows, q, out, probes)
             if self._fine:
                 for r0, r1, work in _slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
-                    began = time.perf_counter()
+                    began, dense, visible = time.perf_counter(), call.stats.dense, call.stats.visible
                     ops.attend(call, r0, r1)
-                    rate.observe(work, time.perf_counter() - began)
+                    read = (call.stats.visible - visible) / (call.stats.dense - dense)
+                    rate.observe(work * read, time.perf_counter() - began)
                     yield Stop("slice", layer, "attend")
             else:
                 ops.attend(call, 0, rows.row_ptr[-1])
@@ -302,8 +304,9 @@ class Pass:
     ) -> AttnCall:
         """The attention call of members that lie together in the batch."""
         model, only, lo = self.machine.model, members[0], members[0].lo
-        planner = only.live.planner if len(only.tok) else None
-        plan = None if planner is None else planner.plan(self._plan_context(layer, only, q))
+        probe = probes.rows(members) if probes else None
+        probed = None if probe is None or probe.colsum[0] is None else probe.first_tok[0]
+        plan = self.machine.planning.plan(model, layer, only, q, probed)
         return AttnCall(
             q=q[lo:] if lo else q,
             rows=rows,
@@ -314,26 +317,7 @@ class Pass:
             score_cap=model.config.score_cap,
             plan=plan,
             model_window=model.windows[layer],
-            probe=probes.rows(members) if probes else None,
-        )
-
-    def _plan_context(self, layer: int, m: Member, q: Tensor) -> PlanContext:
-        live = m.live
-
-        def keys() -> Tensor:
-            view = live.kv.view(layer)
-            return live.kv.pool.layout.read_blocks(view.table)[0][:, : max(view.length)]
-
-        return PlanContext(
-            layer=layer,
-            q=q[m.lo : m.hi],
-            tok=m.tok,
-            pos=m.pos,
-            num_kv_heads=self.machine.model.config.num_kv_heads,
-            prompt_len=live.num_prompt,
-            is_last_chunk=m.final,
-            keys=keys,
-            state=live.planner_state,
+            probe=probe,
         )
 
     def _count(self, members: Sequence[Member], call: AttnCall) -> None:

@@ -80,6 +80,10 @@ class LiveRequest:
         self.retention_context = PartContext(self.rid, self.num_prompt, num_layers, ids=self.ids)
         self.source_context = PartContext(self.rid, self.num_prompt, num_layers, ids=self.request.prompt_ids)
         self.planner_state: dict[str, Any] = {}
+        self.planned = 0
+        """Layers of passes that a plan served."""
+        self.unplanned = 0
+        """Those where one would not have paid."""
         self.seen: dict[int, Obs] = {}
         """Layer -> probe sums so far, until the prompt's end."""
         self.stats = AttnStats()

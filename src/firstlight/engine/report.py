@@ -43,6 +43,10 @@ def _methods(live: LiveRequest, parts: Sequence[Part]) -> list[dict[str, Any]]:
     """Each part, and what it notes of itself."""
     notes = {"tokens": iter([c.notes for c in live.contexts]), "cache": iter([live.retention_context.notes])}
     facts = {"used": not live.fallback, "why": live.fallback}
+    if live.unplanned and not live.fallback:
+        share = f"{live.unplanned} of {live.unplanned + live.planned}"
+        why = f"dense in {share} layers of passes, where planning would not have paid"
+        notes["attention"] = iter([{"used": live.planned > 0, "why": why}] * len(parts))
     return [{"name": p.method, "seam": p.seam} | facts | next(notes.get(p.seam, iter(())), {}) for p in parts]
 
 

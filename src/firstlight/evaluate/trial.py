@@ -119,6 +119,7 @@ def some_prompts(seed: int, lengths: Sequence[int]) -> dict[str, list[int]]:
 
 def asking(rid: str, ids: Sequence[int], rows: list[Tensor]) -> Request:
     """A greedy request that leaves the logits [V] of each of its tokens in `rows`."""
+
     def greedy(_so_far: Sequence[int], logits: Tensor) -> int:
         rows.append(logits.clone())
         return int(logits.argmax())

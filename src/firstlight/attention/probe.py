@@ -1,0 +1,41 @@
+"""What the last rows of a pass look at: softmax over the view, from which planners guess what the others will.
+
+The one routine of all planners that probe (MInference, arXiv 2407.02490, section 3.2; FlexPrefill, arXiv 2502.20766,
+section 3). It costs as much as dense attention does for these rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from firstlight.core.attn import PlanContext
+
+
+def probe(ctx: PlanContext, last_n: int) -> Tensor:
+    """f32 [Hq, m, n_kv]: attention of the last m = min(last_n, n) rows, model windows left aside."""
+    assert ctx.place is not None
+    place = ctx.place[-last_n:]
+    q, keys = ctx.q[-last_n:].float(), ctx.keys().float()
+    group = q.shape[1] // ctx.num_kv_heads
+    ahead = torch.arange(keys.shape[1]) > place[:, None]
+    seen = []
+    for head, k in enumerate(keys):  # one KV head at a time: scores of all would be large
+        scores = q[:, head * group : (head + 1) * group].transpose(0, 1) @ k.T * ctx.scale
+        seen.append(scores.masked_fill_(ahead, -torch.inf).softmax(-1))
+    return torch.cat(seen)
+
+
+def probe_operations(ctx: PlanContext, last_n: int) -> float:
+    """Of `probe`."""
+    rows, heads, dim = ctx.q.shape
+    entries = int(ctx.tok[-1]) + 1 if ctx.place is None else int(ctx.place[-1]) + 1
+    return 2.0 * min(last_n, rows) * heads * dim * entries
+
+
+def by_distance(seen: Tensor, place: Tensor) -> Tensor:
+    """f32 [Hq, n_kv]: of `probe`'s rows the mass at each distance place - entry, summed over rows."""
+    sums = torch.zeros(seen.shape[0], seen.shape[2])
+    for row, own in zip(seen.unbind(1), place.tolist()):
+        sums[:, : own + 1] += row[:, : own + 1].flip(1)
+    return sums

@@ -1,0 +1,110 @@
+"""The cost guard: a plan is used only where planning it and reading less take less time than dense attention.
+
+What a key costs is measured once, when an engine with a planner that looks at keys is built: read densely, in listed
+blocks, as a single column; and what an operation of planning costs. `--deterministic` runs do without, since then
+nothing may depend on a clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from firstlight.attention.grid import Grid
+from firstlight.attention.probe import probe, probe_operations
+from firstlight.core.attn import DENSE, AttnPlan, PlanContext
+from firstlight.kernels.contract import AttnCall, AttnRows, KVView
+from firstlight.kernels.kv_layout import BLOCK, KVLayout
+from firstlight.models.config import ModelConfig
+
+_ENTRIES, _ROWS, _Q_TILE = 2048, 256, 128
+_BLOCK_SHARE, _COLUMN_SHARE = 0.3, 0.05
+_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds for one (row, key, query head), and for one operation of planning."""
+
+    dense: float
+    block: float
+    column: float
+    operation: float
+
+    def densely(self, ctx: PlanContext) -> float:
+        """Of attention without a plan."""
+        return self.dense * float((ctx.tok + 1).sum()) * ctx.q.shape[1]
+
+    def of(self, plan: AttnPlan, ctx: PlanContext) -> float:
+        """Of attention under a plan, predicted."""
+        lists, tile = plan.num_lists, ctx.tok // plan.q_tile - int(plan.tile_first)
+        rows = torch.bincount(tile, minlength=len(plan.tile_map)).double()[:, None]
+        before = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, tile, (ctx.tok + 1).double())[:, None]
+        heads = torch.bincount(plan.head_map.long(), minlength=lists).double()
+        sink, window = plan.band.double().view(-1, lists, 2)[plan.tile_map.long()].unbind(-1)
+        blocks, columns = (_counts(ptr, lists, plan.tile_map) for ptr in (plan.blk_ptr, plan.col_ptr))
+        near = rows * (blocks * plan.blk + sink + torch.where(window > 0, window + BLOCK, 0.0))
+        near = torch.where(window == DENSE, before, torch.minimum(near, before))
+        far = torch.where(window == DENSE, 0.0, torch.minimum(rows * columns, before))
+        return float(((self.block * near + self.column * far) * heads).sum())
+
+
+def _counts(ptr: Tensor | None, lists: int, tile_map: Tensor) -> Tensor:
+    """f64 [tiles, L]: how many entries each tile's lists have."""
+    if ptr is None:
+        return torch.zeros(len(tile_map), lists, dtype=torch.float64)
+    return (ptr[1:] - ptr[:-1]).double().view(-1, lists)[tile_map.long()]
+
+
+def measure(ops: ModuleType, config: ModelConfig, dtype: torch.dtype) -> Costs:
+    """On some keys of the model's shape, with torch's present threads."""
+    ctx, call = _sample(config, dtype)
+    grid, generator = Grid(ctx, _Q_TILE, BLOCK), torch.Generator().manual_seed(0)
+    heads, tiles, blocks = config.num_heads, grid.tiles, grid.num_blocks
+    some = torch.rand(heads, tiles, blocks, generator=generator) < _BLOCK_SHARE
+    few = torch.rand(heads, tiles, _ENTRIES, generator=generator) < _COLUMN_SHARE
+    pairs = float((ctx.tok + 1).sum()) * heads
+
+    def attend(plan: AttnPlan | None) -> float:
+        return _seconds(lambda: ops.attend(replace(call, plan=plan), 0, _ROWS))
+
+    return Costs(
+        dense=attend(None) / pairs,
+        block=attend(grid.plan(blocks=some)) / (float((some & grid.causal).sum()) * BLOCK * _Q_TILE),
+        column=attend(grid.plan(columns=few)) / (float(few.sum()) * _Q_TILE),
+        operation=_seconds(lambda: probe(ctx, BLOCK)) / probe_operations(ctx, BLOCK),
+    )
+
+
+def _sample(config: ModelConfig, dtype: torch.dtype) -> tuple[PlanContext, AttnCall]:
+    """The last rows of a prompt, and its attention call."""
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(_ENTRIES, kv_heads, dim, generator=generator).to(dtype)
+    q = torch.randn(_ROWS, heads, dim, generator=generator).to(dtype)
+    table = torch.arange(1, kv_heads * (_ENTRIES // BLOCK) + 1, dtype=torch.int32).view(kv_heads, -1)
+    layout = KVLayout(table.numel() + 1, dim, dtype)
+    entry = torch.arange(_ENTRIES)
+    layout.write((table[:, entry // BLOCK].T.long() * BLOCK + entry[:, None] % BLOCK).contiguous(), k, k)
+    tok = entry[-_ROWS:].clone()
+    rows = AttnRows([0, _ROWS], tok, tok, [False])
+    call = AttnCall(q, rows, layout, [KVView(table, [_ENTRIES] * kv_heads)], torch.empty_like(q), dim**-0.5)
+    keys = k.transpose(0, 1)
+    ctx = PlanContext(0, q, tok, tok, kv_heads, _ENTRIES, True, lambda: keys, {}, tok, dim**-0.5)
+    return ctx, call
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The shortest of a few."""
+    call()
+    best = float("inf")
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - began)
+    return best
