@@ -10,6 +10,9 @@ RESULTS := benchmarks/results
 DOCUMENT := src/firstlight/evaluate/texts/moby-dick-chapter-87.txt
 QUESTION := Which straits does the Pequod sail through?
 
+# Tests side by side, one thread each; those that need two threads ask for them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: help demo test test-all sanitize bench-peers lint docs wheel clean
@@ -24,11 +27,11 @@ demo: $(VENV)/installed  ## install, fetch the model, answer a question about a 
 
 test: $(VENV)/tested lint  ## install, then lint, types and all tests
 	$(BIN)/firstlight models pull $(MODEL)
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=ci $(PYTEST)
 
 test-all: $(VENV)/tested lint  ## the same with many more generated examples
 	$(BIN)/firstlight models pull $(MODEL)
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=long $(PYTEST)
 
 sanitize: $(VENV)/tested  ## the kernels' tests under the address and undefined-behaviour sanitizers
 	$(BIN)/pip install --editable . -C cmake.define.FIRSTLIGHT_SANITIZE=ON -C build-dir=build/sanitize

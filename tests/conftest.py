@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from firstlight.models.weights import hub
 
 # Laws are tested bit for bit, so AMX stays off, whose blocking follows row and thread counts (decision 0003).
 cap_instruction_set()
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nobody's own settings reach the tests.
 for _name in [name for name in os.environ if name.startswith(PREFIX) and name not in OTHER_VARIABLES]:

@@ -1,14 +1,16 @@
-"""Plan transforms against the plain meaning of a plan: they keep what each row of each head sees."""
+"""Plan transforms against the plain meaning of a plan: rows keep what they see, or see more where that is asked."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from firstlight.attention.growing import coarsen, dense_rows, force, to_blocks, union
 from firstlight.attention.transforms import by_head, dense_like, reblock, retile
 from firstlight.core.attn import DENSE, AttnPlan
 
@@ -80,3 +82,66 @@ def test_smaller_tiles_and_blocks_say_the_same(seed: int) -> None:
     plan = some_plan(rng, 128, 128, first, last)
     assert torch.equal(seen(reblock(retile(plan, 32), 16), first, last), seen(plan, first, last))
     assert bool(seen(dense_like(plan, HEADS), first, last).all())
+
+
+def no_bands(plan: AttnPlan) -> AttnPlan:
+    return replace(plan, band=torch.zeros_like(plan.band))
+
+
+def over(rng: random.Random, tiles: tuple[int, ...] = (16, 32, 128)) -> tuple[AttnPlan, int, int]:
+    """Any plan, and the rows that it is for."""
+    first = rng.randrange(200)
+    last = first + rng.randrange(60)
+    return some_plan(rng, rng.choice(tiles), rng.choice([16, 64, 128]), first, last), first, last
+
+
+@given(seed=st.integers(0, 10**6), heads=st.sampled_from([1, 2, 3, 6]), tiles=st.booleans())
+def test_shared_lists_hold_what_each_had(seed: int, heads: int, tiles: bool) -> None:
+    plan, *rows = over(random.Random(seed))
+    shared = coarsen(plan, heads, tiles)
+    before, after = seen(plan, *rows), seen(shared, *rows)
+    assert bool((after >= before).all()), "something is no longer seen"
+    assert torch.equal(seen(coarsen(shared, heads, tiles), *rows), after)
+    lists = seen(coarsen(no_bands(plan), heads, tiles), *rows)
+    groups = seen(no_bands(plan), *rows).unflatten(1, (-1, heads)).any(2)
+    if tiles:  # absolute tiles: those of the pass, rows or not
+        groups = groups.any(0).expand_as(groups)
+    assert torch.equal(lists, groups.repeat_interleave(heads, 1))
+
+
+@given(seed=st.integers(0, 10**6))
+def test_a_union_shows_what_either_does(seed: int) -> None:
+    rng = random.Random(seed)
+    one, first, last = over(rng)
+    other = some_plan(rng, rng.choice([16, 32, 128]), rng.choice([16, 64, 128]), first, last)
+    either = seen(one, first, last) | seen(other, first, last)
+    assert bool((seen(union(one, other), first, last) >= either).all())
+    lists = union(no_bands(one), no_bands(other))
+    assert torch.equal(seen(lists, first, last), seen(no_bands(one), first, last) | seen(no_bands(other), first, last))
+
+
+@given(seed=st.integers(0, 10**6), sink=st.integers(0, 90), recent=st.integers(0, 90))
+def test_forced_bands_and_dense_rows(seed: int, sink: int, recent: int) -> None:
+    rng = random.Random(seed)
+    plan, first, last = over(rng)
+    t, key = torch.arange(first, last + 1)[:, None, None], torch.arange(KEYS)
+    band = (key < sink) | (t - key < recent if recent else torch.tensor(False))
+    wider = seen(force(no_bands(plan), sink, recent), first, last)
+    assert torch.equal(wider, seen(no_bands(plan), first, last) | band)
+    assert bool((seen(force(plan, sink, recent), first, last) >= (seen(plan, first, last) | band)).all())
+    dense = rng.randint(first, last + 70)
+    want = seen(plan, first, last)
+    want[(t >= dense // plan.q_tile * plan.q_tile)[:, 0, 0]] = True
+    assert torch.equal(seen(dense_rows(plan, dense), first, last), want)
+
+
+@given(seed=st.integers(0, 10**6))
+def test_columns_become_their_blocks(seed: int) -> None:
+    plan, *rows = over(random.Random(seed))
+    made = to_blocks(no_bands(plan))
+    assert made.col_ptr is None
+    columns = seen(replace(no_bands(plan), blk_ptr=None, blk_idx=None), *rows)
+    blocks = seen(replace(no_bands(plan), col_ptr=None, col_idx=None), *rows)
+    padded = torch.nn.functional.pad(columns, (0, -KEYS % plan.blk))
+    touched = padded.unflatten(2, (-1, plan.blk)).any(3).repeat_interleave(plan.blk, 2)[:, :, :KEYS]
+    assert torch.equal(seen(made, *rows), blocks | touched)

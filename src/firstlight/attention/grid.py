@@ -122,7 +122,7 @@ class Grid:
 
 def csr(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(ptr i32 [rows + 1], idx i32) of the true places of bool [..., n]: a row for each but the last dimension."""
-    flat = mask.reshape(-1, mask.shape[-1])
+    flat = mask.flatten(0, -2)
     ptr = torch.nn.functional.pad(flat.sum(1).cumsum(0), (1, 0))
     return ptr.to(torch.int32), flat.nonzero()[:, 1].to(torch.int32)
 

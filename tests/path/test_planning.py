@@ -1,0 +1,122 @@
+"""The cost guard and the rows that stay dense: what becomes of a plan in an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from firstlight.attention.band import Band, BandConfig
+from firstlight.attention.grid import Grid
+from firstlight.core import registry
+from firstlight.core.attn import DENSE, PlanContext
+from firstlight.core.parts import Capability, Probe, Retention
+from firstlight.core.registry import Method
+from firstlight.engine.costs import Costs, measure
+from firstlight.engine.planning import Planning
+from firstlight.engine.report import report
+from firstlight.evaluate.trial import MODEL, Subject, answers, asking, drain, some_prompts
+from firstlight.kernels.dispatch import backend
+
+CHEAP = Costs(dense=1.0, block=1.0, column=2.0, operation=1e-9)
+
+
+class Looking(Band):
+    """A band that claims to have looked at something."""
+
+    asked: ClassVar[list[int]] = []
+    capability = Capability(exact=False, looks=True)
+
+    def plan(self, ctx: PlanContext):  # type: ignore[no-untyped-def]
+        self.asked.append(ctx.layer)
+        return super().plan(ctx)
+
+    def operations(self, ctx: PlanContext) -> float:
+        return 1.0
+
+
+@pytest.fixture
+def looking(monkeypatch: pytest.MonkeyPatch) -> Subject:
+    known = registry._entries()
+    entry = SimpleNamespace(load=lambda: Looking)
+    monkeypatch.setattr(registry, "_entries", lambda: known | {"looking": {"attention": entry}})
+    Looking.asked.clear()
+    return Subject((Method("looking", sink=0, window=64),))
+
+
+@pytest.mark.parametrize(
+    ("costs", "asked", "used"),
+    [
+        (CHEAP, True, True),
+        (Costs(dense=1.0, block=1.0, column=1.0, operation=1e9), False, False),
+        (Costs(dense=1.0, block=1e9, column=1e9, operation=0.0), True, False),
+    ],
+    ids=["pays", "planning is dear", "reading is dear"],
+)
+def test_a_plan_that_would_not_pay_is_left_aside(looking: Subject, costs: Costs, asked: bool, used: bool) -> None:
+    engine, prompts = looking.engine(), some_prompts(1, (300,))
+    machine = engine.machine
+    machine.planning = Planning(machine.planning.digests, costs)
+    live = engine.add(asking("r0", prompts["r0"], rows := []))
+    drain(engine)
+    assert bool(Looking.asked) == asked
+    said = report(live, engine.parts)
+    (method,) = said["methods"]
+    assert method["used"] == used and (said["attention"]["density"] < 1) == used
+    dense = answers(Subject(()).engine(), prompts)["r0"]
+    if not used:
+        assert "would not have paid" in method["why"]
+        assert all(torch.equal(a, b) for a, b in zip(rows, dense))
+
+
+def test_costs_are_predicted_from_lists() -> None:
+    """One second each: dense rows cost all before them, blocks their entries, columns twice."""
+    tok, heads = torch.arange(256, 512), 3
+    ctx = PlanContext(0, torch.zeros(256, heads, 16), tok, tok, 1, 512, True, lambda: torch.zeros(1, 512, 16), {}, tok)
+    grid = Grid(ctx, 128, 64)
+    assert CHEAP.of(grid.plan(band=(0, DENSE)), ctx) == CHEAP.densely(ctx)
+    blocks = torch.zeros(heads, grid.tiles, grid.num_blocks, dtype=torch.bool)
+    blocks[:, :, :2] = True
+    assert CHEAP.of(grid.plan(blocks=blocks), ctx) == 256 * 128 * heads
+    columns = torch.zeros(heads, grid.tiles, 512, dtype=torch.bool)
+    columns[0, :, [5, 70, 200]] = True
+    assert CHEAP.of(grid.plan(columns=columns), ctx) == 256 * 3 * 2
+    planner = Band(BandConfig(sink=64, window=64))
+    plan = planner.plan(ctx)
+    assert plan is not None and CHEAP.of(plan, ctx) == 256 * (64 + 64 + 64) * heads
+
+
+def test_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = measure(backend("torch"), MODEL, torch.float32)
+    assert min(costs.dense, costs.block, costs.column, costs.operation) > 0
+
+
+class Summing(Retention):
+    """Keeps all, and the sums over the last rows in the first layer."""
+
+    Config = BandConfig
+    capability = Capability(exact=True, alters_cells=False)
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self, config: BandConfig) -> None:
+        pass
+
+    def probe(self, layer: int) -> Probe | None:
+        return Probe(4) if layer == 0 else None
+
+    def after_layer(self, layer: int, tok, length, obs, ctx) -> None:  # type: ignore[no-untyped-def]
+        if layer == 0:
+            self.seen.append(obs.colsum.clone())
+
+
+def test_rows_that_are_summed_see_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = registry._entries()
+    entry = SimpleNamespace(load=lambda: Summing)
+    monkeypatch.setattr(registry, "_entries", lambda: known | {"summing": {"cache": entry}})
+    prompts, alone = some_prompts(3, (300,)), Subject((Method("summing"),))
+    for subject in (alone, Subject((*alone.methods, Method("band", sink=0, window=20)))):
+        answers(subject.engine(), prompts)
+    without, within = Summing.seen
+    assert torch.equal(without, within) and bool((without > 0).all())
