@@ -32,6 +32,8 @@ class Pool:
         """Blocks promised to admitted requests and not yet taken."""
         self._held = np.zeros(total + 1, np.int32)
         self._marked = np.zeros(total + 1, bool)
+        self._touched = np.zeros(total + 1, bool)
+        """Blocks that were handed out before; the others are zeros that no memory was spent on yet."""
         self._free = np.arange(total, 0, -1, dtype=np.int32)
         self._num_free = total
         self._num_cached = 0
@@ -62,7 +64,8 @@ class Pool:
         ids = np.sort(self._free[self._num_free : self._num_free + count])
         self._held[ids] = 1
         self.changed(ids)
-        self.layout.clear(torch.from_numpy(ids.astype(np.int64)))
+        self.layout.clear(torch.from_numpy(ids[self._touched[ids]].astype(np.int64)))
+        self._touched[ids] = True
         return ids
 
     def hold(self, ids: Ids) -> None:
@@ -106,6 +109,7 @@ class Pool:
 
     def poison(self) -> None:
         """Fill all free blocks with nan: whoever reads one gives himself away."""
+        self._touched[self._free[: self._num_free]] = True
         free = torch.from_numpy(self._free[: self._num_free].astype(np.int64))
         for store in (self.layout.k, self.layout.v):
             store[free] = torch.nan
