@@ -27,6 +27,7 @@ from firstlight.evaluate.trial import (
     LAYERS,
     NEW,
     SARATHI,
+    UNCUT,
     Broken,
     Rows,
     Subject,
@@ -102,11 +103,15 @@ def _schedules(subject: Subject) -> str | None:
 
 
 def _batches(subject: Subject) -> str | None:
-    subject = subject.acting()
+    subject, alone = subject.acting(), SARATHI
+    if not all(c.chunk_invariant for c in subject.capabilities()):
+        if subject.schedule.name != SARATHI.name:
+            return "a part says that chunks matter to it"
+        subject, alone = replace(subject, schedule=UNCUT), UNCUT
     prompts = some_prompts(3, (40, 130, 65))
     want: Rows = {}
     for rid, ids in prompts.items():
-        want |= answers(replace(subject, schedule=SARATHI).engine(), {rid: ids})
+        want |= answers(replace(subject, schedule=alone).engine(), {rid: ids})
     for order in (list(prompts), list(prompts)[::-1]):
         _same(answers(subject.engine(), {rid: prompts[rid] for rid in order}), want, "alone")
     return None

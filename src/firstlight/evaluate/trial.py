@@ -35,6 +35,8 @@ FACTS = ModelFacts("contract", LAYERS, HEADS, KV_HEADS, DIM, (None,) * LAYERS)
 NEW = 4
 """Tokens to generate, so that what was left of the K/V is read."""
 SARATHI = Method("sarathi", token_budget=64)
+UNCUT = Method("sarathi", token_budget=1024)
+"""The same where all prompts of a check fit into one unit."""
 
 
 class Broken(Exception):
