@@ -14,6 +14,8 @@ from firstlight.core.attn import PlanContext
 from firstlight.core.calibration import Calibration
 from firstlight.core.errors import UserError
 from firstlight.core.parts import ModelFacts
+from firstlight.train.xattention import Config as Calibrating
+from firstlight.train.xattention import of_blocks, shares
 from tests.plans import context, seen, some_qk
 
 B, S = 16, 4
@@ -190,3 +192,29 @@ def test_calibrated_shares_are_used_for_their_stride_and_block_only() -> None:
 def test_bad_values_name_themselves(given: dict[str, float], said: str) -> None:
     with pytest.raises(UserError, match=said):
         XAttentionConfig(**given)  # type: ignore[arg-type]
+
+
+def test_calibration_finds_the_least_share_that_holds_enough() -> None:
+    heads, prompts, tiles = 3, 2, 6
+    generator = torch.Generator().manual_seed(3)
+    causal = torch.ones(tiles, tiles).tril()
+    mass = torch.rand(heads, prompts * tiles, tiles, generator=generator) ** 4 * causal.repeat(prompts, 1)
+    mass = mass / mass.sum(-1, keepdim=True)
+    scores = mass.sqrt()  # the same order, another sharpness
+    scores[2] = 1.0 * causal.repeat(prompts, 1)  # a head whose scores say nothing
+    tau, density = shares(scores, mass, prompts, 0.8)
+    block, tile = torch.arange(tiles), torch.arange(tiles)[:, None].repeat(prompts, 1)
+    forced = (block == 0) | (block == tile)
+    choice = tile[:, 0] >= 2  # before that everything is forced
+
+    def held(share: Tensor) -> Tensor:
+        return (mass * cover(scores, forced, share)).sum(-1)[:, choice].mean(-1)
+
+    assert (held(tau) >= 0.8).all() and (held((tau - 0.01).clamp(min=0)) < 0.8)[tau > 0.01].all()
+    assert tau[2] > tau[:2].max() and 0.3 < density < 1
+
+
+def test_a_calibration_compares_scores_with_dense_attention() -> None:
+    q, k = some_qk(4 * B)
+    scores, mass = of_blocks(q, k, 8**-0.5, Calibrating(stride=1, block=B, length=4 * B))
+    torch.testing.assert_close(scores / B, mass)  # at stride 1 they are the same

@@ -2,7 +2,7 @@
 
 Tri-shape of SCBench (arXiv 2412.10319): an A-shape with a dense tail. It looks at no key. In mode `strict` a
 row's window is its own. Mode `openvino` is the block skipping of OpenVINO GenAI: the window is measured from where the
-chunk begins, in blocks of the cache; the chunk itself is dense; chunks after which less than the tail is left are dense.
+chunk begins, in blocks of the cache; the chunk reads all of itself; where less than the tail follows it, it is dense.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class TriShapeConfig:
         for key, least in (("sink", 0), ("window", 1), ("tail", 0)):
             value = getattr(self, key)
             if not isinstance(value, int) or value < least:
-                raise UserError(f"trishape: {key}={value!r} is no number of tokens; give a whole number from {least} up")
+                raise UserError(f"trishape: {key}={value!r} is no number of tokens; give {least} or more")
         if self.mode not in MODES:
             raise UserError(f"trishape: mode={self.mode!r} is unknown; choose {' or '.join(MODES)}")
         if self.block < 8 or (BLOCK % self.block and self.block % BLOCK):
-            raise UserError(f"trishape: block={self.block} doesn't fit the cache; give 8, 16, 32, 64 or a multiple of 64")
+            raise UserError(f"trishape: block={self.block} doesn't fit the cache; give 16, 32, 64 or a multiple of 64")
         if self.mode == "openvino" and (self.sink % self.block or self.window % self.block):
             raise UserError(f"trishape: openvino counts in blocks; give sink and window as multiples of {self.block}")
 

@@ -117,11 +117,11 @@ def block_mass(ctx: PlanContext, grid: Grid, stride: int, alternating: bool = Fa
         rows, n = slice(tiles.start * cells.per_block, tiles.stop * cells.per_block), blocks * cells.per_block
         ahead = torch.arange(n) > cells.last[rows, None]
         for h, k in enumerate(keys[:, :n]):
-            q = cells.q[h * group : (h + 1) * group, rows]
-            scores = _antidiagonals(q, k, alternating).mul_(cells.scale[rows, None])
+            own = slice(h * group, (h + 1) * group)
+            scores = _antidiagonals(cells.q[own, rows], k, alternating).mul_(cells.scale[rows, None])
             share = scores.masked_fill_(ahead, -torch.inf).softmax(-1).nan_to_num_(0.0)
             in_blocks = share.view(group, -1, blocks, cells.per_block).sum(-1)
-            mass[h * group : (h + 1) * group, tiles, :blocks] = in_blocks.unflatten(1, (-1, cells.per_block)).sum(2)
+            mass[own, tiles, :blocks] = in_blocks.view(group, -1, cells.per_block, blocks).sum(2)
     return mass
 
 
@@ -159,7 +159,8 @@ class _Cells:
         q[at] = ctx.q
         rows = torch.bincount(cell, minlength=num)
         last = torch.full((num,), -1).scatter_reduce_(0, cell, grid.place // stride, "amax")
-        return _Cells(q.view(num, stride, *q.shape[1:]).permute(2, 0, 1, 3), ctx.scale / rows.clamp(min=1), last, per_block)
+        in_cells = q.view(num, stride, *q.shape[1:]).permute(2, 0, 1, 3)
+        return _Cells(in_cells, ctx.scale / rows.clamp(min=1), last, per_block)
 
 
 def _key_cells(ctx: PlanContext, grid: Grid, stride: int) -> Tensor:

@@ -21,7 +21,7 @@ from firstlight.llm import LLM
 from firstlight.models.calibration import layers_of
 from firstlight.models.decoder import Decoder
 from firstlight.train.calibrating import Found, Notebook
-from firstlight.train.texts import NAME, calibration_text
+from firstlight.train.texts import NAME, calibration_text, pieces
 
 WINDOW, KERNEL = 8, 7
 """As the method's defaults."""
@@ -46,7 +46,7 @@ class Config:
 
 def calibrate(llm: LLM, config: Config, notebook: Notebook) -> Found:
     """`tsp_idx`, and the curve it was read from: overlap of each layer's set with the next one's, in [0, 1]."""
-    prompts = _prompts(llm, config)
+    prompts = pieces(llm.encode(calibration_text()), config.prompts, config.length)
     layers = llm.config.facts("").full_layers
     if len(layers) < 2:
         raise UserError("fastkv needs a choice of layers that read all tokens; this model has none")
@@ -90,12 +90,3 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     ahead = torch.arange(n) > torch.arange(n - len(q), n)[:, None]
     mass = scores.masked_fill(ahead, float("-inf")).softmax(-1).sum(1)
     return before_window(mass.view(k.shape[1], group, n).sum(1), len(q), KERNEL).sum(0)
-
-
-def _prompts(llm: LLM, config: Config) -> list[list[int]]:
-    """Pieces of the calibration text, one after the other; the last ones overlap if it is too short."""
-    ids = llm.encode(calibration_text())
-    if len(ids) < config.length:
-        raise UserError(f"fastkv: the text has {len(ids)} tokens; give a length of no more")
-    step = min(config.length, (len(ids) - config.length) // max(config.prompts - 1, 1))
-    return [ids[step * n : step * n + config.length] for n in range(config.prompts)]
