@@ -1,0 +1,156 @@
+"""`oracle`: its sets against plain ones, and that nobody with the same budget holds more attention mass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from firstlight.attention.oracle import Oracle, OracleConfig
+from firstlight.attention.xattention import XAttention, XAttentionConfig
+from firstlight.core.attn import PlanContext
+from firstlight.core.errors import UserError
+from tests.plans import context, seen, some_qk
+
+N, G = 150, 3
+Q, K = some_qk(N)
+Q = Q * 2
+
+
+def dense(q: Tensor = Q, k: Tensor = K) -> Tensor:
+    """f64 [N, Hq, N]."""
+    scores = torch.einsum("thd,jhd->thj", q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1))
+    ahead = torch.ones(len(q), len(q)).triu(1).bool()[:, None]
+    return (scores / math.sqrt(q.shape[2])).masked_fill(ahead, -torch.inf).softmax(-1)
+
+
+def shown(rows: range = range(N), **settings: object) -> Tensor:
+    """bool [rows, Hq, entries]."""
+    ctx = context(Q, K, rows)
+    return seen(Oracle(OracleConfig(**settings)).plan(ctx), ctx)  # type: ignore[arg-type]
+
+
+def plainly(rows: range, k: int, share: int, block: int, heads: str, pool: str) -> Tensor:
+    """The same, list by list: sort what is left of the mass, the earlier of equals first."""
+    mass, unit = dense(), {"layer": 6, "group": G, "head": 1}[heads]
+    out = torch.zeros(len(rows), 6, rows[-1] + 1, dtype=torch.bool)
+    for i, t in enumerate(rows):
+        tile = [r for r in rows if r // share == t // share]
+        for h in range(6):
+            sharing = [g for g in range(6) if g // unit == h // unit]
+            own = mass[tile][:, sharing, : tile[-1] + 1].mean(1)
+            pooled = own.mean(0) if pool == "mean" else own.amax(0)
+            sums = [float(pooled[b : b + block].sum()) for b in range(0, len(pooled), block)]
+            for number in sorted(range(len(sums)), key=lambda n: (-sums[n], n))[: k // block]:
+                out[i, h, number * block : (number + 1) * block] = True
+        if share > 1:
+            out[i, :, [0, t]] = True
+        out[i, :, t + 1 :] = False
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (range(N), (20, 1, 1, "layer", "mean")),
+        (range(37, 110), (20, 1, 1, "head", "mean")),
+        (range(37, 110), (32, 16, 1, "group", "mean")),
+        (range(37, 110), (32, 16, 16, "head", "max")),
+        (range(37, 110), (48, 1, 16, "layer", "mean")),
+        (range(5, N), (64, 64, 64, "group", "mean")),
+    ],
+)
+def test_lists_are_the_best_by_mass(rows: range, settings: tuple[int, int, int, str, str]) -> None:
+    k, share, block, heads, pool = settings
+    made = shown(rows, k=k, rows=share, block=block, heads=heads, pool=pool)
+    assert torch.equal(made, plainly(rows, *settings))
+
+
+def test_a_row_has_k_entries_and_equal_ones_are_taken_in_order() -> None:
+    assert torch.equal(shown(k=20).sum(-1), torch.arange(1, N + 1).clamp(max=20)[:, None].expand(-1, 6))
+    ctx = context(Q * 0, K, range(N))
+    made = seen(Oracle(OracleConfig(k=20)).plan(ctx), ctx)
+    assert torch.equal(made[:, 0], torch.ones(N, N).tril().bool() & (torch.arange(N) < 20))
+
+
+def test_as_many_as_there_are_is_dense() -> None:
+    for given in ({}, {"rows": 16}, {"block": 16, "heads": "head"}):
+        config = OracleConfig(k=N, **given)  # type: ignore[arg-type]
+        assert Oracle(config).plan(context(Q, K, range(20, 60))) is None
+    assert Oracle(OracleConfig(k=4)).plan(context(Q, K, [N - 1], prompt_len=N - 1)) is None
+
+
+def recall(see: Tensor) -> float:
+    """Mean mass held."""
+    return float((dense() * see).sum(-1).mean())
+
+
+def test_more_entries_hold_more_and_sharing_holds_less() -> None:
+    by_k = [recall(shown(k=k)) for k in (1, 8, 32, 100)]
+    assert by_k == sorted(by_k) and by_k[0] < by_k[-1]
+    by_heads = [recall(shown(k=16, heads=heads)) for heads in ("layer", "group", "head")]
+    assert by_heads == sorted(by_heads) and by_heads[0] < by_heads[-1]
+    by_rows = [recall(shown(k=32, rows=rows, block=block)) for rows, block in ((1, 1), (1, 16), (64, 16))]
+    assert by_rows == sorted(by_rows, reverse=True)
+
+
+def test_nobody_holds_more_with_as_much() -> None:
+    ctx = context(Q, K, range(N))
+    other = seen(XAttention(XAttentionConfig(tau=0.6, stride=1, block=16)).plan(ctx), ctx)
+    generator = torch.Generator().manual_seed(1)
+    chance = torch.rand(N, 6, N, generator=generator).masked_fill(torch.ones(N, N).triu(1).bool()[:, None], -1)
+    for see in (other, chance > 0.7):
+        mass = dense()
+        budget = see.sum(-1)
+        ranked = mass.sort(-1, descending=True).values.cumsum(-1)
+        most = ranked.gather(-1, (budget - 1).clamp(min=0)[..., None])[..., 0] * (budget > 0)
+        assert ((mass * see).sum(-1) <= most + 1e-9).all()
+    fixed = chance.topk(20, -1).indices
+    see = torch.zeros(N, 6, N, dtype=torch.bool).scatter_(-1, fixed, True) & (chance >= 0)
+    assert recall(see) < 0.8 * recall(shown(k=20, heads="head"))
+
+
+def test_two_heads_that_look_apart_lose_half_of_what_they_share() -> None:
+    q, k = torch.zeros(64, 2, 64), torch.eye(64)[:, None].repeat(1, 2, 1)
+    q[63, 0, :8], q[63, 1, 8:16] = 200.0, 200.0
+    ctx = context(q, k, range(64))
+    mass = dense(q, k)[63]
+    for heads, held in (("layer", 0.5), ("head", 1.0)):
+        see = seen(Oracle(OracleConfig(k=8, heads=heads)).plan(ctx), ctx)[63]
+        assert float((mass * see).sum(-1).mean()) == pytest.approx(held, abs=1e-6)
+
+
+def test_a_row_of_its_own_list_knows_no_chunks() -> None:
+    whole = shown(k=20, heads="group")
+    for lo, hi in ((0, 1), (1, 38), (38, N)):
+        assert torch.equal(shown(range(lo, hi), k=20, heads="group"), whole[lo:hi, :, :hi])
+    assert Oracle(OracleConfig()).capability.chunk_invariant and Oracle(OracleConfig()).capability.prefix_stable
+    shared = Oracle(OracleConfig(rows=16)).capability
+    assert not shared.chunk_invariant and not shared.prefix_stable
+    assert not shared.looks and Oracle(OracleConfig()).operations(_some_context()) == 0  # no clock switches it off
+
+
+def _some_context() -> PlanContext:
+    return context(Q, K, range(40))
+
+
+@pytest.mark.parametrize("share", [1, 16])
+def test_missing_rows_and_entries_do_no_harm(share: int) -> None:
+    rows = torch.tensor([*range(3, 10), *range(140, N)])  # a strip of 128 rows has none in the middle of it
+    q, k = some_qk(700)
+    rows = torch.cat([rows, torch.arange(600, 620)])
+    ctx = context(q, k, rows, place=torch.arange(5, 5 + len(rows)))
+    plan = Oracle(OracleConfig(k=8, rows=share)).plan(ctx)
+    assert plan is not None and plan.col_ptr is not None and len(plan.col_ptr) == len(plan.band) + 1
+    taken = seen(plan, ctx)
+    assert taken[:, :, int(ctx.place[-1]) + 1 :].sum() == 0 and taken.any(-1).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"rows": 3}, "rows=3"), ({"heads": "all"}, "heads=all"), ({"k": 8, "block": 16}, "k=8")]
+)
+def test_bad_values_name_themselves(given: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        OracleConfig(**given)  # type: ignore[arg-type]
