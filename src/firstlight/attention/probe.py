@@ -6,24 +6,29 @@ section 3). It costs as much as dense attention does for these rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from firstlight.core.attn import PlanContext
 
 
-def probe(ctx: PlanContext, last_n: int) -> Tensor:
-    """f32 [Hq, m, n_kv]: attention of the last m = min(last_n, n) rows, model windows left aside."""
+def probed(ctx: PlanContext, last_n: int) -> Iterator[Tensor]:
+    """For each KV head f32 [G, m, n_kv]: attention of the last m = min(last_n, n) rows, model windows left aside."""
     assert ctx.place is not None
     place = ctx.place[-last_n:]
-    q, keys = ctx.q[-last_n:].float(), ctx.keys().float()
+    q, keys = ctx.q[-last_n:].float(), ctx.keys()
     group = q.shape[1] // ctx.num_kv_heads
     ahead = torch.arange(keys.shape[1]) > place[:, None]
-    seen = []
     for head, k in enumerate(keys):  # one KV head at a time: scores of all would be large
-        scores = q[:, head * group : (head + 1) * group].transpose(0, 1) @ k.T * ctx.scale
-        seen.append(scores.masked_fill_(ahead, -torch.inf).softmax(-1))
-    return torch.cat(seen)
+        scores = q[:, head * group : (head + 1) * group].transpose(0, 1) @ k.float().T * ctx.scale
+        yield scores.masked_fill_(ahead, -torch.inf).softmax(-1)
+
+
+def probe(ctx: PlanContext, last_n: int) -> Tensor:
+    """f32 [Hq, m, n_kv]: the same of all heads."""
+    return torch.cat(list(probed(ctx, last_n)))
 
 
 def probe_operations(ctx: PlanContext, last_n: int) -> float:
