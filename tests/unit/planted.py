@@ -17,7 +17,7 @@ HEADS = GROUP * KV_HEADS
 def context(
     q: Tensor, keys: Tensor, tok: Sequence[int] | Tensor, place: Tensor | None = None, prompt_len: int = 1 << 20
 ) -> PlanContext:
-    """Of rows q [n, Hq, D] with ordinals `tok`, over keys [Hkv, N, D]; `place`: their own entries, where not the same."""
+    """Of rows q [n, Hq, D] with ordinals `tok`, over keys [Hkv, N, D]; `place`: their own entries, if others."""
     tok = torch.as_tensor(tok)
 
     def mean_k(name: str) -> Tensor:

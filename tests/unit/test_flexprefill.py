@@ -120,8 +120,11 @@ def blocks_read(mask: Tensor, row: int) -> list[int]:
 
 
 def test_a_planted_column_is_read_by_all_rows_and_a_planted_slash_by_each() -> None:
-    """By hand, with room for one beside block 0 and one beside the own: key 200 is in block 3, and from the last 64 rows
-    most often six blocks away; a distance of 320 is five blocks, and the last 64 rows look at block 4."""
+    """By hand, with room for one beside block 0 and one beside the own.
+
+    Key 200 is in block 3, and from the last 64 rows most often six blocks away; a distance of 320 is five blocks, and
+    the last 64 rows look at block 4.
+    """
     config = FlexPrefillConfig(0.9, 0.0, 128, block=B)
     ctx = planted(column=200)
     mask = seen(FlexPrefill(config).plan(ctx), ctx)
@@ -202,9 +205,9 @@ def test_rows_and_entries_may_be_missing() -> None:
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    for given in ("gamma=0", "gamma=1.5", "tau=-1", "min_budget=0", "max_budget=500", "block=100", "slash_cover=all"):
-        with pytest.raises(UserError, match=given.partition("=")[0]):
-            make_parts([Method.parse(f"flexprefill:{given}")])
+    for wrong in ("gamma=0", "gamma=1.5", "tau=-1", "min_budget=0", "max_budget=500", "block=100", "slash_cover=all"):
+        with pytest.raises(UserError, match=wrong.partition("=")[0]):
+            make_parts([Method.parse(f"flexprefill:{wrong}")])
     assert classes("flexprefill") == {"attention": FlexPrefill}
     (part,) = make_parts([Method.parse("flexprefill:max_budget=none,gamma=0.95")])
     assert part.config == FlexPrefillConfig(gamma=0.95) and part.capability.digests == ("mean_k",)
