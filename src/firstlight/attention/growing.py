@@ -17,9 +17,12 @@ from firstlight.attention.transforms import aligned
 from firstlight.core.attn import DENSE, AttnPlan
 
 
-def coarsen(plan: AttnPlan, heads: int = 1, tiles: bool = False) -> AttnPlan:
-    """Lists for every `heads` query heads together, and with `tiles` one for all tiles of the pass: each the union."""
-    group = torch.arange(len(plan.head_map)) // heads
+def coarsen(plan: AttnPlan, heads: int | Tensor = 1, tiles: bool = False) -> AttnPlan:
+    """Lists for every `heads` query heads together, and with `tiles` one for all tiles of the pass: each the union.
+
+    heads i64 [Hq], ascending from 0: which heads go together, where that isn't so many everywhere.
+    """
+    group = torch.arange(len(plan.head_map)) // heads if isinstance(heads, int) else heads
     slots = torch.zeros_like(plan.tile_map).long() if tiles else torch.arange(len(plan.tile_map))
     num_lists, num_slots = int(group[-1]) + 1, int(slots[-1]) + 1
     row = plan.tile_map.long()[:, None] * plan.num_lists + plan.head_map.long()
