@@ -49,7 +49,7 @@ class Quoka(Planner):
     seam = "attention"
     Config = QuokaConfig
     identity: ClassVar = {"budget": 1 << 20}
-    trial: ClassVar = {"budget": 16, "queries": 4, "sink": 2, "chunk": 40}
+    trial: ClassVar = {"budget": 16, "queries": 4, "sink": 2, "chunk": 64}
     capability = Capability(prefix_stable=False, chunk_invariant=False, chunk=1024, digests=("unit_k",), looks=True)
 
     def __init__(self, config: QuokaConfig) -> None:
@@ -104,7 +104,8 @@ def token_scores(ctx: PlanContext, judging: Tensor, count: int) -> Tensor:
     assert ctx.digest is not None
     length = ctx.digest("unit_k").flatten(1)[:, :count]
     products = judging @ ctx.keys()[:, :count].float().transpose(1, 2)
-    return (products * length[:, None]).amax(1)
+    scores: Tensor = products * length[:, None]
+    return scores.amax(1)
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
