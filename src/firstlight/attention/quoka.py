@@ -19,6 +19,7 @@ from firstlight.core.attn import AttnPlan, PlanContext, Planner
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability
 from firstlight.kernels.kv_layout import BLOCK
+from firstlight.kernels.ranking import best
 
 Q_TILE = 128
 """Rows of a plan tile: a multiple of every kernel's own tile."""
@@ -71,7 +72,7 @@ class Quoka(Planner):
             return None
         scores = token_scores(ctx, judges(ctx, config.queries), before)
         count = max(config.budget // config.pool, 1)
-        chosen = highest(scores.view(len(scores), -1, config.pool).sum(-1), count)
+        chosen = best(scores.view(len(scores), -1, config.pool).sum(-1), count)
         chunk = torch.arange(-(-entries // BLOCK)) >= before // BLOCK
         blocks, columns = chunk.repeat(len(scores), 1), torch.arange(before).expand(len(scores), -1) < config.sink
         if config.pool == 1:
@@ -91,7 +92,7 @@ def judges(ctx: PlanContext, count: int) -> Tensor:
     """f32 [Hkv, m, D]: of each head the `count` rows at the widest angle to its mean row, widest first, at length one;
     then the mean over the heads of a KV head, rank by rank. All rows in their order where there are no more."""
     rows = ctx.q.float().transpose(0, 1)  # [Hq, n, D]
-    unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     if count < rows.shape[1]:
         near = (unit @ rows.mean(1)[:, :, None])[:, :, 0]  # cosines, but for a length that all rows of a head share
         order = near.argsort(dim=1, stable=True)[:, :count]
@@ -106,12 +107,6 @@ def token_scores(ctx: PlanContext, judging: Tensor, count: int) -> Tensor:
     products = judging @ ctx.keys()[:, :count].float().transpose(1, 2)
     scores: Tensor = products * length[:, None]
     return scores.amax(1)
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """bool [Hkv, n]: the `count` highest of each row; of equal ones the first."""
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order, True)
 
 
 def _shared(ctx: PlanContext, blocks: Tensor, columns: Tensor) -> AttnPlan:
