@@ -1,0 +1,1 @@
+"""Parts of Firstlight inside other engines."""
