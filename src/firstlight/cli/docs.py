@@ -33,7 +33,7 @@ PATH_OF_A_PROMPT = [
         "attention",
         "cache",
     ),
-    *("decode", "kernels", "simulate", "evaluate", "train"),
+    *("decode", "kernels", "simulate", "evaluate", "train", "integrations"),
 ]
 """The order of the tree: what everything is made of, then the stations of a prompt, then what stands beside them."""
 

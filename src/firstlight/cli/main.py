@@ -37,6 +37,7 @@ VERBS = {
     "prefill": Verb("firstlight.cli.prefill:prefill", "Prefill a document once, to ask about it often."),
     "bench": Verb("firstlight.cli.bench:app", "Measure time to first token, decode speed and throughput."),
     "eval": Verb("firstlight.cli.eval:evaluate", "Measure what a setting does to quality."),
+    "inspect": Verb("firstlight.cli.inspect:inspect", "Pictures of one prefill: what was read, where the time went."),
     "calibrate": Verb("firstlight.cli.calibrate:calibrate", "Find what a method has to know of a model."),
     "models": Verb("firstlight.cli.models:app", "List, fetch and describe models."),
     "methods": Verb("firstlight.cli.methods:app", "List and describe methods and schedules."),

@@ -10,7 +10,6 @@ import re
 _PLANNED = {
     "serve": "use `firstlight run`, or firstlight.LLM from Python",
     "plan": "`firstlight bench ttft` measures what it would predict",
-    "inspect": "`firstlight run --json` reports times, cells and density",
     "bench serve": "choose ttft, decode, throughput, kernel or peak",
     "--weights": "leave it out: weights are kept in the precision of --precision",
     "--quality": "name a method of `firstlight methods list` with --method",
