@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import sys
 import zlib
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -69,6 +71,11 @@ def visible() -> Tensor:
     return made & (key <= row)
 
 
+@pytest.fixture(autouse=True)
+def no_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115, PTH123
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     known = registry._entries()
@@ -119,7 +126,7 @@ def test_attention_is_dense_attention_and_kept_is_its_share_on_the_plan(folder: 
     assert torch.equal(first, unpacked(dense["attention"], LAYERS, HEADS, num, num)[0])
 
 
-@pytest.mark.parametrize("method", ["planted", "fastkv:tsp_layer=0", "lazyllm"])
+@pytest.mark.parametrize("method", ["planted", "fastkv:tsp_idx=0", "lazyllm:boundaries=0,keep=0.6"])
 def test_cells_and_times_are_those_of_the_report(folder: Path, method: str) -> None:
     found = seen(folder, method)
     report, num = found["report"], found["grid"]["num"]

@@ -51,7 +51,7 @@ def _where(found: Found, documents: Iterable[str]) -> str:
     parts = [
         ", ".join(Path(name).name for name in documents),
         f"{settings['precision']}, {' '.join(methods) or 'no method: dense'}",
-        f"{machine['cpu']}, {machine['threads']} threads",
+        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}",
     ]
     return " · ".join(part for part in parts if part)
 
