@@ -81,7 +81,9 @@ class Sight:
         group = self.call.q.shape[1] // len(self.call.kv[0].length)
         plan = self.call.plan
         heads = torch.zeros(group, dtype=torch.int64) if plan is None else plan.head_map.long()
-        return torch.unique(heads if plan is None else heads.view(-1, group)[self.kv_head], return_inverse=True)
+        own = heads if plan is None else heads.view(-1, group)[self.kv_head]
+        lists, place = torch.unique(own, return_inverse=True)
+        return lists, place
 
     @cached_property
     def _csr_row(self) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,8 @@ class Sight:
         plan = self.call.plan
         assert plan is not None
         slot = plan.tile_map.long()[self.tok // plan.q_tile - int(plan.tile_first[0])]
-        return torch.unique(slot[:, None] * plan.num_lists + self.lists[0], return_inverse=True)
+        used, row = torch.unique(slot[:, None] * plan.num_lists + self.lists[0], return_inverse=True)
+        return used, row
 
     @cached_property
     def _band(self) -> tuple[Tensor, Tensor, Tensor]:
