@@ -231,7 +231,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["bench", "ttft", "m", "--weights", "compact"], "--weights is not built yet; leave it out"),
         (["serve", "m"], "serve is not built yet; use `firstlight run`"),
         (["plan"], "plan is not built yet"),
-        (["inspect", "m", "-p", "x"], "Missing option '--output'"),
+        (["inspect", "m", "-p", "x"], "Missing option '-o' / '--output'"),
         (["inspect", "m", "-p", "x", "-o", "/"], "it is a folder; give the name of a file with -o"),
         (["inspect", "m", "-p", "x", "-o", "/no/such/page.html"], "there is no folder /no/such; make it first"),
         (["calibrate", "m", "band"], "'band' is no method that is calibrated; choose one of: "),
