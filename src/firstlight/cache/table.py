@@ -189,8 +189,8 @@ class RequestKV:
         for head in range(k.shape[1]):
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
-    def slots(self, layers: tuple[int, int], tok: Tensor) -> Sequence[Tensor] | None:
-        """Where ordinals tok i64 [n] go in each of these layers, i64 [n, Hkv] each; `grow` says that they are there.
+    def slots(self, layers: tuple[int, int], tok: Tensor) -> Tensor | None:
+        """Where ordinals tok i64 [n] go in these layers, i64 [layers, n, Hkv]; `grow` says that they are there.
 
         None if the rows aren't identities that these ordinals continue or overwrite, or if those with a window will
         take blocks for them; `write` then sorts it out.
@@ -206,12 +206,21 @@ class RequestKV:
             self.pool.changed(self.table[lo:hi, :, first // BLOCK : last // BLOCK + 1].ravel())
         entry = tok.numpy()
         blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
-        return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1))).unbind()
+        return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1)))
 
     def grow(self, layer: int, end: int) -> None:
         """The layer holds `end` ordinals at least, by now."""
         if end > self.length[layer, 0]:
             self.length[layer] = end
+
+    def beyond(self, layer: int, tok: Tensor) -> int:
+        """Entries that writing ordinals tok i64 [n] adds at most to a row of the layer."""
+        if not len(tok):
+            return 0
+        first, last, length = int(tok[0]), int(tok[-1]), int(self.length[layer, 0])
+        if self.is_identity_row(layer) and last - first + 1 == len(tok) and first <= length:
+            return max(last + 1 - length, 0)
+        return len(tok)
 
     def keep(self, layer: int, idx: Sequence[Tensor]) -> None:
         """Only entries idx[h] (i64, ascending) of each head stay; blocks left over are freed.

@@ -7,7 +7,9 @@ attention call serves them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +37,8 @@ class Member:
     loaded: Cells | None = None
     """What a source gave for this layer."""
     lo: int = 0
-    slots: Sequence[Tensor] | None = None
-    """Where the rows' K/V go, i64 [n, Hkv] for each of the segment's layers; None = ask the table in each layer."""
+    slots: Tensor | None = None
+    """Where the rows' K/V go in the segment's layers, i64 [layers, n, Hkv]; None = ask the table in each layer."""
 
     @property
     def hi(self) -> int:
@@ -99,7 +101,20 @@ class Batch:
         self.observed = [m for m in self.members if m.live.policies or m.live.retention is not None]
         """Those whose attention a part may ask for."""
         self.dtype = model.dtype
-        self.x = torch.zeros(padded(max(self.n, 1)), members[0].x.shape[1])
+        self.layout = members[0].live.kv.pool.layout
+        self._blocks: dict[int, list[Block]] = {}
+        self._scratch: dict[str, Tensor] = {}
+        for member in self.members:
+            member.find_slots()
+        self._gather(model)
+        plain = [m for m in self.members if m.live.planner is None]
+        groups = ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
+        self.groups = [(members, self._rows(members)) for members in groups]
+        """Members that one attention call serves, and its rows: all without a planner together, others alone."""
+
+    def _gather(self, model: Decoder) -> None:
+        """All rows, one member's after the other's."""
+        self.x = torch.zeros(padded(max(self.n, 1)), self.members[0].x.shape[1])
         self.tok = torch.cat([m.tok for m in self.members])
         self.pos = torch.cat([m.pos for m in self.members])
         lo = 0
@@ -108,18 +123,7 @@ class Batch:
             self.x[lo:hi] = member.x
             member.x, member.lo = self.x[lo:hi], lo
             lo = hi
-        for member in self.members:
-            member.find_slots()
-        self.layout = members[0].live.kv.pool.layout
-        self.num_pairs = int(self.tok.sum()) + self.n
-        """(row, key) pairs of dense attention."""
         self.cos, self.sin = model.rope(torch.nn.functional.pad(self.pos, (0, len(self.x) - self.n)))
-        self._blocks: dict[int, list[Block]] = {}
-        self._scratch: dict[str, Tensor] = {}
-        plain = [m for m in self.members if m.live.planner is None]
-        groups = ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
-        self.groups = [(members, self._rows(members)) for members in groups]
-        """Members that one attention call serves, and its rows: all without a planner together, others alone."""
 
     def blocks(self, step: int) -> list[Block]:
         """The rows in blocks of `step`; the last one reaches into the padding. Cut once for all layers."""
@@ -134,6 +138,18 @@ class Batch:
         if name not in self._scratch:
             self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.dtype)
         return self._scratch[name]
+
+    def replay(self, layer: int) -> bool:
+        """Do all of a layer as it was recorded; False: there is no recording, and nothing was done."""
+        return False
+
+    def recording(self, layer: int) -> AbstractContextManager[None]:
+        """Around a layer: have it recorded, if it can be."""
+        return nullcontext()
+
+    def view_numbers(self, layer: int) -> Any:
+        """What `AttnCall.numbers` takes."""
+        return None
 
     def slots(self, layer: int) -> Tensor | None:
         """Where all rows' K/V go in a layer, i64 [N, Hkv]; None if the tables must be asked one by one."""

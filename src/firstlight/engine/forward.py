@@ -26,8 +26,9 @@ from firstlight.engine.live import LiveRequest
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
 from firstlight.engine.probes import Probes
-from firstlight.engine.rates import SLICE_S, Rate
+from firstlight.engine.rates import SLICE_S, Rate, slices
 from firstlight.engine.spans import joined
+from firstlight.engine.steady import Steady
 from firstlight.kernels.contract import AttnCall, AttnRows
 from firstlight.models.decoder import Decoder
 
@@ -54,6 +55,17 @@ class Machine:
     planning: Planning
     linear: Rate = field(default_factory=Rate)
     attention: Rate = field(default_factory=Rate)
+    steady: Steady = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steady = Steady(self.model, self.ops)
+
+    def seconds(self, rows: int, pairs: int) -> float:
+        """A layer's predicted time, for so many rows and (row, key) pairs of dense attention."""
+        c = self.model.config
+        linear: float = self.model.layer_flops * rows
+        attention = 4.0 * c.num_heads * c.head_dim * pairs
+        return linear / self.linear.per_second + attention / self.attention.per_second
 
 
 class Pass:
@@ -140,6 +152,7 @@ class Pass:
     def _leave(self, layer: int) -> Iterator[Stop]:
         """Segments that end before `layer`: rows wait there, or go through the head."""
         done = [m for m in self._members if m.segment.layer[1] == layer]
+        self._predict([m for m in done if layer == len(m.live.f)])
         for member in done:
             live, (first, end) = member.live, member.segment.layer
             live.f[first:end] = [member.segment.tok[1]] * (end - first)
@@ -153,12 +166,17 @@ class Pass:
         if done:
             self._members, self._batch = [m for m in self._members if m not in done], None
 
+    def _predict(self, done: Sequence[Member]) -> None:
+        """Logits of each one's last known row, for sampling: the head's weights are read once for all of them."""
+        last = [m for m in done if len(m.tok) and int(m.tok[-1]) == m.live.num_known - 1]
+        if last:
+            logits = self.machine.model.head(torch.cat([m.x[-1:] for m in last]))
+            self.logits |= {m.live.rid: row for m, row in zip(last, logits)}
+
     def _head(self, member: Member) -> Iterator[Stop]:
-        """Logits of the rows asked for, in row blocks; the last known row's are for sampling."""
+        """Logits of the rows asked for, in row blocks."""
         live, model = member.live, self.machine.model
         request = live.request
-        if len(member.tok) and int(member.tok[-1]) == live.num_known - 1:
-            self.logits[live.rid] = model.head(member.x[-1:])[0]
         if request.logits_at is None or request.logits_sink is None:
             return
         wanted = member.tok < live.num_prompt
@@ -175,9 +193,22 @@ class Pass:
         if self._sourced:
             self._load(layer)
         aside = self._before(layer) if self._governed else []
-        if (batch := self._batch) is None:
-            batch = self._batch = Batch(self._members, self.machine.model)
-            self._fine = self.unit.yield_at in _INSIDE_LAYERS or self._seconds(batch) > SLICE_S
+        batch = self._batch or self._gather()
+        if not batch.replay(layer):
+            with batch.recording(layer):
+                yield from self._compute(layer, batch, aside)
+
+    def _gather(self) -> Batch:
+        """The members' rows as a batch, and whether to stop inside its layers; a steady one, if that may be."""
+        machine, members = self.machine, self._members
+        rows = sum(len(m.tok) for m in members)
+        pairs = sum(int(m.tok.sum()) for m in members) + rows
+        self._fine = self.unit.yield_at in _INSIDE_LAYERS or machine.seconds(rows, pairs) > SLICE_S
+        steady = None if self._fine else machine.steady.batch(members)
+        self._batch = steady or Batch(members, machine.model)
+        return self._batch
+
+    def _compute(self, layer: int, batch: Batch, aside: Sequence[tuple[Member, Tensor, Tensor]]) -> Iterator[Stop]:
         step = self.machine.linear.rows(self.machine.model.layer_flops)
         blocks = batch.blocks(step)
         q, k, v = yield from self._qkv(layer, batch, blocks)
@@ -206,13 +237,6 @@ class Pass:
                 for tok, x in m.live.spans.hidden(layer, first, end):
                     idle = ~torch.isin(tok, m.tok)
                     self.machine.park.put(m.live.rid, layer, tok[idle], x[idle], "cut")
-
-    def _seconds(self, batch: Batch) -> float:
-        """A layer's predicted time."""
-        machine, c = self.machine, self.machine.model.config
-        linear: float = machine.model.layer_flops * batch.n
-        attention = 4.0 * c.num_heads * c.head_dim * batch.num_pairs
-        return linear / machine.linear.per_second + attention / machine.attention.per_second
 
     def _early(self, layer: int, batch: Batch, attended: Tensor) -> tuple[Batch, Tensor]:
         """Rows that need not go through the MLP leave, and what attention gave them."""
@@ -281,15 +305,16 @@ class Pass:
             live.reused += len(cells.tok) - len(tok)
             tok, k, v = cells.tok, cells.k, cells.v
         if live.policies:
-            live.kv.provide((layer, layer + 1), _beyond(live, layer, tok))
+            live.kv.provide((layer, layer + 1), live.kv.beyond(layer, tok))
         live.kv.write(layer, tok, tok if m.loaded is not None else m.pos[new:], k, v)
 
     def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes | None) -> Iterator[Stop]:
         ops, rate = self.machine.ops, self.machine.attention
         for members, rows in batch.groups:
             call = self._call(layer, members, rows, q, out, probes)
+            call.numbers = batch.view_numbers(layer)
             if self._fine:
-                for r0, r1, work in _slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
+                for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
                     began, dense, visible = time.perf_counter(), call.stats.dense, call.stats.visible
                     ops.attend(call, r0, r1)
                     read = (call.stats.visible - visible) / (call.stats.dense - dense)
@@ -327,7 +352,7 @@ class Pass:
             if not m.decode:
                 first, end = m.segment.tok
                 m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
-                m.live.stats.visible += call.stats.visible if len(members) == 1 else _read(call, i) * heads
+                m.live.stats.visible += call.stats.visible if len(members) == 1 else call.num_read(i) * heads
 
     def _finish(self, layer: int, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
         model, rate = self.machine.model, self.machine.linear
@@ -369,35 +394,3 @@ class Pass:
                 live.kv.keep(layer, idx)
             case Merge(assign, mode):
                 live.kv.merge(layer, assign, mode)
-
-
-def _read(call: AttnCall, i: int) -> int:
-    """Keys that the rows of request i read without a plan: those that are there, and in the model's window."""
-    tok, view = call.rows.tok[call.rows.row_ptr[i] : call.rows.row_ptr[i + 1]], call.kv[i]
-    if view.tok is not None:
-        counts = [torch.searchsorted(view.tok[h, :n], tok, right=True).sum() for h, n in enumerate(view.length)]
-        return int(torch.stack(counts).sum()) // len(counts)
-    read = tok + 1
-    return int((read if call.model_window is None else read.clamp(max=call.model_window)).sum())
-
-
-def _beyond(live: LiveRequest, layer: int, tok: Tensor) -> int:
-    """Entries that writing these ordinals adds at most to a row of the layer."""
-    if not len(tok):
-        return 0
-    first, last, length = int(tok[0]), int(tok[-1]), int(live.kv.length[layer, 0])
-    if live.kv.is_identity_row(layer) and last - first + 1 == len(tok) and first <= length:
-        return max(last + 1 - length, 0)
-    return len(tok)
-
-
-def _slices(tiles: Sequence[tuple[int, float]], rate: Rate) -> Iterator[tuple[int, int, float]]:
-    """Join tiles (end row, operations) into slices (first row, end row, operations) of at most SLICE_S predicted."""
-    begin, end, work = 0, 0, 0.0
-    for tile_end, tile_work in tiles:
-        if end > begin and (work + tile_work) / rate.per_second > SLICE_S:
-            yield begin, end, work
-            begin, work = end, 0.0
-        end, work = tile_end, work + tile_work
-    if end > begin:
-        yield begin, end, work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SLICE_S = 0.02
@@ -31,3 +32,15 @@ class Rate:
 def padded(rows: int) -> int:
     """Rows that a block really runs with: a few counts only, and enough that linears keep a row's bits."""
     return max(4, 1 << (rows - 1).bit_length()) if rows < 64 else -(-rows // 64) * 64
+
+
+def slices(tiles: Sequence[tuple[int, float]], rate: Rate) -> Iterator[tuple[int, int, float]]:
+    """Join tiles (end row, operations) into slices (first row, end row, operations) of at most SLICE_S predicted."""
+    begin, end, work = 0, 0, 0.0
+    for tile_end, tile_work in tiles:
+        if end > begin and (work + tile_work) / rate.per_second > SLICE_S:
+            yield begin, end, work
+            begin, work = end, 0.0
+        end, work = tile_end, work + tile_work
+    if end > begin:
+        yield begin, end, work

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from firstlight.core.attn import AttnPlan
@@ -93,7 +94,18 @@ class AttnCall:
     """A scaled score s becomes cap * tanh(s / cap)."""
     lse: Tensor | None = None
     """f32 [N, Hq], written if given."""
+    numbers: Any = None
+    """`kv` as the backend's `view_numbers` writes it, if the caller keeps that up to date."""
     stats: AttnStats = field(default_factory=AttnStats)
+
+    def num_read(self, i: int) -> int:
+        """Keys that the rows of request i read without a plan: those that are there, and in the model's window."""
+        tok, view = self.rows.tok[self.rows.row_ptr[i] : self.rows.row_ptr[i + 1]], self.kv[i]
+        if view.tok is not None:
+            counts = [torch.searchsorted(view.tok[h, :n], tok, right=True).sum() for h, n in enumerate(view.length)]
+            return int(torch.stack(counts).sum()) // len(counts)
+        read = tok + 1
+        return int((read if self.model_window is None else read.clamp(max=self.model_window)).sum())
 
 
 class Attend(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     row_ptr, before, tok, pos = rows.memo.get("numbers") or _numbers(rows)
     (q_row, q_head, one), (out_row, out_head, also_one), (_, heads, dim) = q.stride(), out.stride(), q.shape
     assert one == also_one == 1 and dim % 16 == 0
-    views = np.array([_view(view) for view in call.kv], np.int64)
+    views = view_numbers(call.kv) if call.numbers is None else call.numbers
     numbers = np.array(
         [
             *(q.data_ptr(), q_row, q_head, out.data_ptr(), out_row, out_head, _address(call.lse)),
@@ -40,6 +42,11 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     seen = lib.attend(numbers, plan, probe, views.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, threads, bf16)
     call.stats.dense += (before[r1] - before[r0]) * heads
     call.stats.visible += seen
+
+
+def view_numbers(views: Sequence[KVView]) -> Numbers:
+    """[B, ..]: views as the kernel reads them, each head's length at the end."""
+    return np.array([_view(view) for view in views], np.int64)
 
 
 def _numbers(rows: AttnRows) -> tuple[Numbers, list[int], int, int]:

@@ -1,0 +1,135 @@
+"""Recording what a stretch of a pass does to memory, to do it again without the Python that decided it.
+
+A recording hears the compiled kernels' calls and PyTorch's operators while they run. Kernels work on addresses, so the
+same calls do the same to whatever lies there the next time. Of PyTorch's operators views do nothing, those that only
+write one of their inputs can be repeated as they are, and memory that they ask for is handed out from `Memory`, which
+stays. Anything else (a new tensor with something in it, a number taken out of a tensor) can't be repeated blindly: then
+there is no tape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from firstlight.kernels.native import lib
+
+_OVERHEARING = threading.Lock()
+"""The kernels' module is one for all threads."""
+_EMPTY = torch.ops.aten.empty.memory_format
+
+
+class Tape:
+    """Calls in their order, with operands that stay where they are."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self.is_whole = True
+        """Whether running it does all that was done in the recording."""
+
+    def note(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        """One more."""
+        self._calls.append((function, args))
+
+    def run(self) -> None:
+        """Do it again."""
+        for function, args in self._calls:
+            function(*args)
+
+
+class Memory:
+    """Tensors that recordings are handed when they ask for memory; every recording begins again with the first ones."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
+
+    def lender(self) -> Callable[[Sequence[int], torch.dtype], Tensor]:
+        """For one recording: [..] of a type, never the same tensor twice."""
+        given = {key: iter(tensors) for key, tensors in self._kept.items()}
+
+        def lend(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            key = (tuple(shape), dtype)
+            tensor = next(given.get(key, iter(())), None)
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype)
+                self._kept.setdefault(key, []).append(tensor)
+            return tensor
+
+        return lend
+
+
+@contextlib.contextmanager
+def recording(memory: Memory) -> Iterator[Tape]:
+    """The tape of what this thread does inside; it is whole, or not, at the end."""
+    tape = Tape()
+    with _OVERHEARING, _overheard(tape), _Operators(tape, memory):
+        yield tape
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """PyTorch's part of a recording."""
+
+    def __init__(self, tape: Tape, memory: Memory) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape, self._lend = tape, memory.lender()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        how = dict(kwargs or {})
+        if func is _EMPTY and _is_plain_memory(**how):
+            return self._lend(args[0], how.get("dtype") or torch.get_default_dtype())
+        with self:  # what is made of other operators is what they are
+            made = func.decompose(*args, **how)
+        if made is not NotImplemented:
+            return made
+        written, given = _aliases(func._schema.arguments), _aliases(func._schema.returns)
+        if written.count(True) == 1 and given == [True]:
+            self._tape.note(_bound(func, how), args)
+        elif True in written or not given or given.count(False) < len(given):
+            self._tape.is_whole = False
+        return func(*args, **how)
+
+
+def _is_plain_memory(dtype: Any = None, device: Any = None, layout: Any = None, pin_memory: Any = None) -> bool:
+    usual = device in (None, torch.device("cpu")) and layout in (None, torch.strided)
+    return usual and not pin_memory
+
+
+def _aliases(values: Any) -> list[bool | None]:
+    """Of each of an operator's inputs or results: whether it is written; None if it is no view of another one."""
+    return [None if v.alias_info is None else bool(v.alias_info.is_write) for v in values]
+
+
+def _bound(func: Any, how: Mapping[str, Any]) -> Callable[..., object]:
+    return (lambda *args: func(*args, **how)) if how else func
+
+
+@contextlib.contextmanager
+def _overheard(tape: Tape) -> Iterator[None]:
+    """While this lasts the tape notes this thread's calls of kernels."""
+    mine = threading.get_ident()
+
+    def heard(kernel: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: Any) -> object:
+            if threading.get_ident() == mine:
+                tape.note(kernel, args)
+            return kernel(*args)
+
+        return call
+
+    names = [name for name in dir(lib) if name[0] != "_" and callable(getattr(lib, name))]
+    kernels = {name: getattr(lib, name) for name in names}
+    try:
+        for name, kernel in kernels.items():
+            setattr(lib, name, heard(kernel))
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(lib, name, kernel)

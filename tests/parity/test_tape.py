@@ -1,0 +1,110 @@
+"""A tape does to memory what was done while it was recorded, or says that it can't."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from firstlight.kernels.native import lib
+from firstlight.kernels.tape import Memory, Tape, recording
+
+if lib is None:
+    pytest.skip("no compiled kernels here", allow_module_level=True)
+
+from firstlight.kernels.cpu import ops
+
+GAIN = torch.linspace(0.5, 2, 64)
+
+
+def recorded(work: Callable[[], object], memory: Memory | None = None) -> Tape:
+    with torch.inference_mode(), recording(memory or Memory()) as tape:
+        work()
+    return tape
+
+
+def rows(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """Kernels, memory in between, views, and operators that only write."""
+    h = ops.rms_norm(x, GAIN, 1e-5)
+    assert isinstance(h, Tensor)
+    h.add_(bias, alpha=2)
+    gated = ops.silu_mul(h.view(len(x), 64))
+    assert isinstance(gated, Tensor)
+    out[1:].copy_(gated[1:])
+
+
+@torch.inference_mode()
+def test_it_does_the_same_to_new_values() -> None:
+    x, bias, out = rows(0, 5, 64), rows(1, 64), torch.zeros(5, 32)
+    tape = recorded(lambda: step(x, bias, out))
+    assert tape.is_whole
+    for seed in range(2, 5):
+        x.copy_(rows(seed, 5, 64))
+        bias.copy_(rows(seed + 10, 64))
+        want = torch.zeros(5, 32)
+        step(x, bias, want)
+        tape.run()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        lambda x: x * 2,
+        lambda x: x[0, 0].item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: torch.zeros(3),
+        lambda x: torch.empty(3, dtype=torch.int64).add(1),
+        lambda x: x.clone(),
+        lambda x: x.sort(),
+        lambda x: torch.nn.functional.pad(x, (0, 1)),
+        lambda x: x[torch.tensor([1, 0])],
+    ],
+)
+def test_what_it_cannot_repeat_it_refuses(foreign: Callable[[Tensor], object]) -> None:
+    x = rows(0, 4, 64)
+    assert not recorded(lambda: (ops.rms_norm(x, GAIN, 1e-5), foreign(x))).is_whole
+    assert recorded(lambda: ops.rms_norm(x, GAIN, 1e-5)).is_whole
+
+
+def test_memory_is_lent_once_a_recording() -> None:
+    memory, x = Memory(), rows(0, 4, 64)
+
+    def twice() -> list[int]:
+        made: list[Tensor] = []
+        recorded(lambda: made.extend(torch.empty(4, 64) for _ in range(2)), memory)
+        return [t.data_ptr() for t in made]
+
+    first = twice()
+    assert len(set(first)) == 2 and twice() == first
+    assert x.data_ptr() not in first
+
+
+@torch.inference_mode()
+def test_other_threads_are_not_heard() -> None:
+    x, other = rows(0, 4, 64), rows(1, 4, 64)
+
+    def beside() -> None:
+        thread = threading.Thread(target=lambda: ops.add_rows(other, x))
+        thread.start()
+        thread.join()
+
+    tape = recorded(beside)
+    before = other.clone()
+    tape.run()
+    assert tape.is_whole and torch.equal(other, before)
+
+
+def test_kernels_are_themselves_again_afterwards() -> None:
+    assert lib is not None
+    kernels = dict(vars(lib))
+    with pytest.raises(KeyboardInterrupt), recording(Memory()):
+        raise KeyboardInterrupt
+    assert dict(vars(lib)) == kernels

@@ -1,0 +1,124 @@
+"""Decode passes that are replayed give the bits of those that aren't, whatever comes between two of them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from firstlight.core.request import Request, SamplingParams
+from firstlight.engine.engine import Engine
+from firstlight.engine.forward import Pass, Stop
+from firstlight.evaluate import chaos
+from firstlight.kernels.native import lib
+from firstlight.kernels.tape import Tape
+from tests.path.law_runs import Asked, chaotic, differences, one_shot
+from tests.tiny import VOCABULARY, tiny_engine, tiny_model
+
+if lib is None:
+    pytest.skip("no compiled kernels here", allow_module_level=True)
+
+LAYERS = 3
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Every replay of a layer."""
+    ran: list[Tape] = []
+    run = Tape.run
+
+    def counted(tape: Tape) -> None:
+        ran.append(tape)
+        run(tape)
+
+    monkeypatch.setattr(Tape, "run", counted)
+    return ran
+
+
+def logits_of(engine: Engine, seed: int = 0, most: int | None = None, cancels: str = "") -> dict[str, list[Tensor]]:
+    """Five requests that come and go; threads change; `cancels` goes inside a pass. All logits, by request."""
+    seen: dict[str, list[Tensor]] = {}
+    rng, threads = random.Random(seed), torch.get_num_threads()
+    if most is not None:
+        engine.machine.steady.most = most
+
+    def sample(lives: list[Any], work: Pass, inner: Any = engine._sample) -> Any:
+        for live in lives:
+            seen.setdefault(live.rid, []).append(work.logits[live.rid].clone())
+        return inner(lives, work)
+
+    def at_a_stop(work: Pass, stop: Stop) -> None:
+        if cancels and len(seen.get(cancels, ())) == 20 and stop.layer == 1:
+            engine.cancel(cancels)
+
+    engine._sample, engine.on_stop = sample, at_a_stop  # type: ignore[method-assign]
+    coming = [
+        Request(
+            str(i),
+            [(7 * j + i) % VOCABULARY for j in range(20 + 31 * i)],
+            SamplingParams(max_tokens=30 + 13 * i, ignore_eos=True),
+        )
+        for i in range(5)
+    ]
+    while coming or engine.has_work:
+        if coming and (not engine.has_work or rng.random() < 0.1):
+            engine.add(coming.pop())
+        torch.set_num_threads(rng.choice([1, 2]))
+        engine.step()
+    torch.set_num_threads(threads)
+    return seen
+
+
+def same(got: dict[str, list[Tensor]], want: dict[str, list[Tensor]]) -> bool:
+    return got.keys() == want.keys() and all(torch.equal(torch.stack(got[r]), torch.stack(want[r])) for r in want)
+
+
+@pytest.mark.parametrize(("family", "precision"), [("llama", "bf16"), ("llama", "int8"), ("qwen2", "f32")])
+def test_a_replayed_step_has_the_bits_of_an_ordinary_one(family: str, precision: str, replays: list[Tape]) -> None:
+    want = logits_of(tiny_engine(family, LAYERS, precision=precision), most=0)
+    assert not replays
+    got = logits_of(tiny_engine(family, LAYERS, precision=precision))
+    assert same(got, want)
+    assert len(replays) > 100
+
+
+def test_a_cancel_inside_a_replayed_pass(replays: list[Tape]) -> None:
+    want = logits_of(tiny_engine(num_layers=LAYERS), most=0, cancels="3")
+    got = logits_of(tiny_engine(num_layers=LAYERS), cancels="3")
+    assert same(got, want)
+    assert len(got["3"]) == 20 and len(replays) > 100
+
+
+def test_several_passes_at_once(monkeypatch: pytest.MonkeyPatch, replays: list[Tape]) -> None:
+    """Passes that wait between layers, others in between, preemption."""
+    monkeypatch.setattr(chaos, "_STOPS", ("layer",))
+    model = tiny_model(torch.bfloat16, LAYERS)
+    asked = [Asked(str(i), tuple((5 * j + i) % VOCABULARY for j in range(30 + 20 * i)), 40) for i in range(4)]
+    want = one_shot(model, asked)
+    yielded = 0
+    for seed in range(3):
+        got, policy = chaotic(model, asked, seed)
+        assert differences(got, want) == []
+        yielded += policy.num_yielded
+    assert yielded > 10 and len(replays) > 100
+
+
+def test_a_foreign_operator_is_not_replayed(monkeypatch: pytest.MonkeyPatch, replays: list[Tape]) -> None:
+    """A model whose layers make a tensor of their own on the way."""
+
+    def engine() -> Engine:
+        made = tiny_engine(num_layers=LAYERS)
+        finish = made.machine.model.finish
+        monkeypatch.setattr(made.machine.model, "finish", lambda layer, x, a: finish(layer, x, a * 0.5 if layer else a))
+        return made
+
+    want = logits_of(engine(), most=0)
+    steady = engine()
+    assert same(logits_of(steady), want)
+    whole = {
+        key[0]: tape.is_whole for arena in steady.machine.steady._arenas.values() for key, tape in arena.tapes.items()
+    }
+    assert whole == {0: True, 1: False, 2: False} and replays
