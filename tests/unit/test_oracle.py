@@ -26,9 +26,9 @@ def dense(q: Tensor = Q, k: Tensor = K) -> Tensor:
     return (scores / math.sqrt(q.shape[2])).masked_fill(ahead, -torch.inf).softmax(-1)
 
 
-def shown(rows: range = range(N), **settings: object) -> Tensor:
+def shown(of: range = range(N), **settings: object) -> Tensor:
     """bool [rows, Hq, entries]."""
-    ctx = context(Q, K, rows)
+    ctx = context(Q, K, of)
     return seen(Oracle(OracleConfig(**settings)).plan(ctx), ctx)  # type: ignore[arg-type]
 
 
