@@ -18,7 +18,7 @@ from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
 
-_BESIDE = {"agreement": "KL", "perplexity": "gain kept"}
+_BESIDE = {"agreement": "KL", "perplexity": "gain kept", "context_gain": "perplexity"}
 """What a table shows beside a task's score."""
 
 
@@ -30,43 +30,76 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="What to measure: agreement (with float32), perplexity (on books), niah_single_1, niah_single_2, "
-            "niah_single_3 (RULER's needles, and a second question on the kept cache).",
+            help="What to measure: agreement (with float32), perplexity and context_gain (on books), or retrieval by "
+            "RULER's names (niah_single_1..3, niah_multikey_1..3, niah_multivalue, niah_multiquery, vt, cwe, fwe, "
+            "qa_1, qa_2) and lost_in_the_middle.",
         ),
     ] = "agreement,perplexity,niah_single_1",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.", metavar="N,N,...")] = "2048",
     samples: Annotated[
-        int | None, typer.Option(help="Prompts of each task and length; default: 3 to read, 10 needles.", metavar="N")
+        int | None, typer.Option(help="Prompts of each task and length; default: 3 to read, 10 to search.", metavar="N")
     ] = None,
+    placements: Annotated[
+        str,
+        typer.Option(
+            metavar="last,first,tail",
+            help="Where questions stand: last (and a second one after it, on the same cache), first (before the text "
+            "only), tail (last, after a filler).",
+        ),
+    ] = "last",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING",
+            help="Another setting on the same samples (repeatable): methods and a precision, joined by ' + '.",
+        ),
+    ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Beside each method: dense in f32 and int8, band at its density, truncate and bm25 at its cost.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Keep finished runs in this JSON lines file, and take from it those that it has."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
-    """Quality of a setting beside dense: agreement with float32, perplexity, retrieval. The prefix cache is off.
+    """Quality of settings beside dense: agreement with float32, perplexity, retrieval. The prefix cache is off.
 
     What each figure means is in docs/metrics.md.
 
     firstlight eval smollm2 --tasks agreement,perplexity --lengths 2048,4096
 
     firstlight eval smollm2 --tasks niah_single_2 --samples 20 --method band:window=512 --out results.jsonl
+
+    firstlight eval smollm2 --tasks vt,qa_2 --method lazyllm --against "band:window=512 + int8" --controls
     """
     import torch  # here, because it is slow to load
 
     from firstlight.evaluate.grid import Grid
     from firstlight.evaluate.grid import evaluate as run
     from firstlight.evaluate.machine import describe_machine
+    from firstlight.evaluate.settings import setting_of
 
-    grid = Grid([name.strip() for name in tasks.split(",")], numbers(lengths, "lengths"), samples)
+    grid = Grid(_words(tasks), numbers(lengths, "lengths"), samples, _words(placements))
+    others = [setting_of(options, text) for text in against or ()]
     with Bars() as bars, Console(stderr=True).status("") as now:
-        found = run(model, options, grid, out=out, progress=bars, tell=now.update)
+        found = run(
+            model, options, grid, against=others, with_controls=controls, out=out, progress=bars, tell=now.update
+        )
         machine = describe_machine(torch.get_num_threads())
     if as_json:
         typer.echo(json.dumps({"machine": machine, **found}, indent=2))
     else:
-        for shown in tables(found["rows"]):
+        for shown in [*tables(found["rows"]), *depth_tables(found["rows"]), *pair_table(found["paired"])]:
             Console().print(shown, "")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
@@ -83,6 +116,33 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
         yield shown
 
 
+def depth_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
+    """For a person: the score in each fifth of the text, where the answer lies in one place."""
+    for (task, at, length), group in itertools.groupby(rows_in_order(rows), key=_cell):
+        cell = [row for row in group if row.get("depths")]
+        if cell:
+            shown = Table(title=f"{task} by depth, {at}, {length} tokens", title_justify="left", box=None)
+            shown.add_column("settings", overflow="fold", min_width=11)
+            for part in cell[0]["depths"]:
+                shown.add_column(f"{part['from']:.0%}-{part['to']:.0%} (n {part['samples']})", justify="right")
+            for row in cell:
+                shown.add_row(row["name"], *(_number(part["score"]) for part in row["depths"]))
+            yield shown
+
+
+def pair_table(paired: list[dict[str, Any]]) -> Iterator[Table]:
+    """For a person: all retrieval together, sample by sample beside dense."""
+    if paired:
+        shown = Table(title="All retrieval, paired with dense (n/a left out)", title_justify="left", box=None)
+        shown.add_column("settings", overflow="fold", min_width=11)
+        for heading in ("tokens", "samples", "won", "lost", "net", "p"):
+            shown.add_column(heading, justify="right")
+        for row in paired:
+            counts = [str(row[key]) for key in ("length", "samples", "won", "lost", "net")]
+            shown.add_row(row["name"], *counts, _number(row["p"]))
+        yield shown
+
+
 def rows_in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of one cell together, cells as they first come."""
     first = {_cell(row): i for i, row in reversed(list(enumerate(rows)))}
@@ -94,7 +154,7 @@ def _cell(row: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
-    beside = {"agreement": row["kl"], "perplexity": row.get("gain_kept")}
+    beside = {"agreement": row["kl"], "perplexity": row.get("gain_kept"), "context_gain": row.get("perplexity")}
     less = row["against_dense"] or {}
     counts = f"{less['won']}, {less['lost']}" if "won" in less else "-"
     return [

@@ -29,8 +29,9 @@ class Asked:
 
     def facts(self) -> dict[str, Any]:
         """What every record holds of a run."""
-        density = self.report["attention"]["density"]
-        return {"ttft_s": self.ttft_s, "density": density, "methods": self.report["methods"]}
+        density, cells = self.report["attention"]["density"], self.report["cells"]
+        computed = cells["computed"] / cells["total"]
+        return {"ttft_s": self.ttft_s, "density": density, "computed": computed, "methods": self.report["methods"]}
 
 
 def ask(

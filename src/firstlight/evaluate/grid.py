@@ -1,18 +1,20 @@
 """The grid of runs behind `firstlight eval`: settings x samples, one model in memory at a time, resumable.
 
 First float32 reads what it has not read before (`reference.py`), then dense runs at its usual precision, then the
-settings in question. Each finished run is a record, one line of the results file, so an interrupted grid goes on where
-it was, and many methods share one dense.
+settings in question, then controls that got as much as each of them took. Each finished run is a record, one line of
+the results file, so an interrupted grid goes on where it was, and many methods share one dense.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
@@ -21,22 +23,32 @@ from firstlight.evaluate import books
 from firstlight.evaluate.reading import Excerpt
 from firstlight.evaluate.records import Record, Records
 from firstlight.evaluate.reference import References
-from firstlight.evaluate.tasks import READING, TASKS, Cell, Task, num_tokens, prepare, run_cell, tasks_of
+from firstlight.evaluate.retrieval import PLACEMENTS
+from firstlight.evaluate.scores import together
+from firstlight.evaluate.settings import controls, dense_of, is_edited, name_of
+from firstlight.evaluate.tasks import TASKS, Cell, Task, tasks_of
 from firstlight.llm import LLM
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
 from firstlight.prompt.tokenizer import Tokenizer
+
+LAYOUT = 2
+"""Raise it when the same cell means another prompt or another record than before."""
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is asked for: tasks by name, prompt lengths in tokens, samples of each (None: as each task is used to)."""
+    """What is asked for: tasks by name, prompt lengths in tokens, samples of each (None: as each task is used to).
+
+    `placements`: where the questions of retrieval stand.
+    """
 
     tasks: Sequence[str]
     lengths: Sequence[int]
     samples: int | None = None
+    placements: Sequence[str] = PLACEMENTS[:1]
 
     def __post_init__(self) -> None:
         tasks_of(self.tasks)
@@ -44,15 +56,26 @@ class Grid:
             raise UserError(f"nothing to measure; give --tasks of {', '.join(TASKS)}, and --lengths")
         if min(self.lengths) < 1 or (self.samples is not None and self.samples < 1):
             raise UserError("lengths and samples are numbers; give 1 or more")
+        if not self.placements or not set(self.placements) <= set(PLACEMENTS):
+            raise UserError(f"questions stand in {', '.join(PLACEMENTS)}; give --placements of these")
 
-    def cells(self, task: Task, length: int) -> list[Cell]:
-        """The runs that one row of the table needs."""
-        return [Cell(task.experiment, length, i) for i in range(self.samples or task.samples)]
+    def cells(self, name: str, length: int) -> list[Cell]:
+        """The runs that the rows of one task and length need."""
+        task = TASKS[name]
+        count = range(self.samples or task.samples)
+        return [Cell(experiment, length, i) for experiment in task.experiments(self.placements) for i in count]
 
-    def all_cells(self) -> list[Cell]:
-        """Every run, each once."""
-        wanted = tasks_of(self.tasks).values()
-        return list(dict.fromkeys(c for length in self.lengths for task in wanted for c in self.cells(task, length)))
+    def owners(self) -> dict[Cell, Task]:
+        """Every run, each once, and a task that knows how to do it."""
+        return {c: TASKS[name] for length in self.lengths for name in self.tasks for c in self.cells(name, length)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell that was prepared."""
+
+    task: Task
+    prepared: Any
 
 
 class Subject:
@@ -66,23 +89,82 @@ class Subject:
 
     def run_of(self, cell: Cell) -> Record:
         """What names a record: nothing else may change its figures."""
-        return {"model": self._digest, "settings": asdict(self.options), **self._calibrations, **asdict(cell)}
+        settings = {"settings": asdict(self.options), **self._calibrations}
+        return {"model": self._digest, "layout": LAYOUT, **settings, **asdict(cell)}
 
     def records(self, cells: Iterable[Cell]) -> list[Record]:
         """The records of cells that were run."""
         found = [self._records.find(self.run_of(cell)) for cell in cells]
         return [record for record in found if record is not None]
 
-    def run(self, prepared: dict[Cell, Any], references: References, progress: Any, tell: Tell) -> None:
+    def run(self, work: Mapping[Cell, Work], references: References, progress: Any, tell: Tell) -> None:
         """Run every cell that has no record yet."""
-        missing = [cell for cell in prepared if not self.records([cell])]
+        missing = [cell for cell in work if not self.records([cell])]
         if not missing:
             return
         with open_llm(self.model, self.options, progress) as llm:
             for n, cell in enumerate(missing):
                 tell(f"{name_of(self.options)}: {cell.experiment}, {cell.length} tokens, {n + 1} of {len(missing)}")
-                record = run_cell(llm.engine, llm.tokenizer, prepared[cell], references)
+                record = work[cell].task.run(llm.engine, llm.tokenizer, work[cell].prepared, references)
                 self._records.add(self.run_of(cell), record)
+
+
+class Session:
+    """One call of `evaluate`: a model, its prepared cells, and where their records are."""
+
+    def __init__(self, model: str, grid: Grid, seed: int, out: Path | None, progress: Any, tell: Tell) -> None:
+        self.model, self.grid, self.progress, self.tell = model, grid, progress, tell
+        self.records = Records(out)
+        self.checkpoint = open_checkpoint(resolve(model))
+        self.references = References(self.checkpoint.digest)
+        self._tokenizer = Tokenizer.from_source(self.checkpoint.tokenizer_source)
+        self._seed = seed
+        self.work: dict[Cell, Work] = {}
+
+    def subject(self, options: Options) -> Subject:
+        """Raises UserError if the setting can't be judged on this grid."""
+        facts = self.checkpoint.config.facts(self.checkpoint.digest)
+        calibrations = _calibrations(make_parts(options.methods, facts))
+        return Subject(self.model, options, self.checkpoint.digest, self.records, calibrations)
+
+    def prepare(self, most: int | None) -> None:
+        """All cells. Raises UserError if one of them doesn't fit into the context."""
+        limit = min(most or self.checkpoint.config.max_context, self.checkpoint.config.max_context)
+        for cell, task in self.grid.owners().items():
+            prepared = task.prepare(self._tokenizer, cell, self._seed)
+            _check_context(cell, prepared.num_tokens, limit)
+            self.work[cell] = Work(task, prepared)
+
+    def run(self, subject: Subject, length: int | None = None) -> None:
+        """Every cell, or those of one length, that a subject takes."""
+        by_row = not is_edited(subject.options)
+        wanted = {c: w for c, w in self.work.items() if length in (None, c.length) and (by_row or not w.task.by_row)}
+        subject.run(wanted, self.references, self.progress, self.tell)
+
+    def refer(self, options: Options) -> None:
+        """Make the float32 references that are not there."""
+        excerpts = [w.prepared for w in self.work.values() if isinstance(w.prepared, Excerpt)]
+        missing = [excerpt for excerpt in excerpts if self.references.find(excerpt) is None]
+        if not missing:
+            return
+        with open_llm(self.model, _alone(replace(dense_of(options), precision="f32")), self.progress) as llm:
+            for n, excerpt in enumerate(missing):
+                self.tell(f"float32 reference: {excerpt.length} tokens, {n + 1} of {len(missing)}")
+                self.references.make(llm.engine, excerpt)
+
+    def controls(self, subjects: Sequence[Subject], length: int) -> list[Subject]:
+        """What each method has to beat at a length, with as much as it took there; none of them twice."""
+        found: dict[str, Options] = {}
+        for subject in subjects:
+            records = subject.records(cell for cell in self.work if cell.length == length)
+            if records and subject.options.method:
+                density, computed = (statistics.fmean(r[key] for r in records) for key in ("density", "computed"))
+                for control in controls(subject.options, density, computed, length, self.checkpoint.config):
+                    found[name_of(control)] = control
+        if not torch.cpu._is_vnni_supported():
+            found = {name: control for name, control in found.items() if control.precision != "int8"}
+        known = {name_of(subject.options) for subject in subjects}
+        return [self.subject(control) for name, control in found.items() if name not in known]
 
 
 def evaluate(
@@ -90,37 +172,40 @@ def evaluate(
     options: Options,
     grid: Grid,
     *,
+    against: Sequence[Options] = (),
+    with_controls: bool = False,
     out: Path | None = None,
     progress: Any = None,
     tell: Tell = lambda _: None,
 ) -> dict[str, Any]:
-    """`rows` for the settings asked for and, if they are others, for dense beside them; `texts` that were read.
+    """`rows` for the settings asked for, for `against`, their controls, and for dense beside them.
 
-    Raises UserError on settings or lengths that cannot be, before anything is run.
+    `paired`: what each setting won and lost in all retrieval together; `texts`: what was read. Raises UserError on
+    settings or lengths that cannot be, before anything is run.
     """
-    records = Records(out)
-    _check_editors(make_parts(options.methods), grid)
-    checkpoint = open_checkpoint(resolve(model))
-    calibrations = _calibrations(make_parts(options.methods, checkpoint.config.facts(checkpoint.digest)))
-    cells = grid.all_cells()
-    _check_context(cells, min(options.max_model_len or checkpoint.config.max_context, checkpoint.config.max_context))
-    tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
-    prepared = {cell: prepare(tokenizer, cell, options.seed) for cell in cells}
-    references = References(checkpoint.digest)
-    asked = Subject(model, options, checkpoint.digest, records, calibrations)
-    dense = Subject(model, dense_of(options), checkpoint.digest, records)
-    _refer(model, options, [p for p in prepared.values() if isinstance(p, Excerpt)], references, progress, tell)
-    subjects = [dense] if asked.options == dense.options else [dense, asked]
+    settings = {name_of(o): o for o in (dense_of(options), options, *against)}
+    for setting in settings.values():
+        _check_editors(make_parts(setting.methods), grid)
+    session = Session(model, grid, options.seed, out, progress, tell)
+    subjects = [session.subject(setting) for setting in settings.values()]
+    session.prepare(options.max_model_len)
+    session.refer(options)
     for subject in subjects:
-        subject.run(prepared, references, progress, tell)
-    rows = [row for length in grid.lengths for name in grid.tasks for row in _rows(grid, name, length, subjects)]
-    return {"model": model, "rows": rows, "texts": {book: books.digest_of(book) for book in books.BOOKS}}
+        session.run(subject)
+    rows = []
+    for length in grid.lengths:
+        beside = session.controls(subjects, length) if with_controls else []
+        for control in beside:
+            session.run(control, length)
+        rows += [row for name in grid.tasks for row in _rows(grid, name, length, [*subjects, *beside])]
+    texts = {book: books.digest_of(book) for book in books.BOOKS}
+    return {"model": model, "rows": rows, "paired": together(rows), "texts": texts}
 
 
 def _check_editors(parts: Sequence[Part], grid: Grid) -> None:
     """Reading compares rows at their places, and a shortened prompt's rows have others."""
     editors = [part.method for part in parts if part.seam == "prompt"]
-    reading = [name for name, task in tasks_of(grid.tasks).items() if task.experiment == READING]
+    reading = [name for name, task in tasks_of(grid.tasks).items() if task.by_row]
     if editors and reading:
         raise UserError(
             f"{' and '.join(reading)} compare row by row, and {editors[0]} takes rows out, so the rest stand elsewhere"
@@ -141,17 +226,6 @@ def _calibrations(parts: Sequence[Part]) -> dict[str, str]:
     return {method: calibration.digest for method, calibration in found.items()}
 
 
-def dense_of(options: Options) -> Options:
-    """What a setting is compared with: no method, the default precision, all else equal."""
-    return replace(options, method=(), precision="bf16")
-
-
-def name_of(options: Options) -> str:
-    """A setting in a few words: `band:window=512, bf16`."""
-    methods = [f"{m.name}{':' * bool(m.settings)}{_settings_text(m.settings)}" for m in options.methods]
-    return ", ".join([*(methods or ["dense"]), options.precision])
-
-
 def open_llm(model: str, options: Options, progress: Any) -> LLM:
     """The model under these options."""
     return LLM(model, progress=progress, **{field.name: getattr(options, field.name) for field in fields(options)})
@@ -162,26 +236,14 @@ def _alone(options: Options) -> Options:
     return replace(options, prefix_cache="off", max_num_seqs=1)
 
 
-def _refer(
-    model: str, options: Options, excerpts: Sequence[Excerpt], references: References, progress: Any, tell: Tell
-) -> None:
-    """Make the float32 references that are not there."""
-    missing = [excerpt for excerpt in excerpts if references.find(excerpt) is None]
-    if not missing:
-        return
-    with open_llm(model, _alone(replace(options, method=(), precision="f32")), progress) as llm:
-        for n, excerpt in enumerate(missing):
-            tell(f"float32 reference: {excerpt.length} tokens, {n + 1} of {len(missing)}")
-            references.make(llm.engine, excerpt)
-
-
 def _rows(grid: Grid, name: str, length: int, subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     """A task's rows at one length: dense's, then those of the settings asked for."""
-    task = TASKS[name]
-    cells = grid.cells(task, length)
+    task, cells = TASKS[name], grid.cells(name, length)
     dense, rows = subjects[0].records(cells), []
     for subject in subjects:
         records = subject.records(cells)
+        if not records:
+            continue
         common = {
             "task": name,
             "length": length,
@@ -204,14 +266,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _check_context(cells: Iterable[Cell], limit: int) -> None:
-    for cell in cells:
-        if (need := num_tokens(cell)) > limit:
-            raise UserError(
-                f"a prompt of {cell.length} tokens takes {need} with what follows it, the model's limit is {limit}; "
-                f"give --lengths up to {limit - need + cell.length}"
-            )
-
-
-def _settings_text(settings: Any) -> str:
-    return ",".join(f"{key}={value}" for key, value in settings.items())
+def _check_context(cell: Cell, need: int, limit: int) -> None:
+    if need > limit:
+        raise UserError(
+            f"a prompt of {cell.length} tokens takes {need} with what follows it, the model's limit is {limit}; "
+            f"give --lengths up to {limit - need + cell.length}"
+        )

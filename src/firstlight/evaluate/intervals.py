@@ -21,12 +21,25 @@ _DRAWS = 2000
 _Z = 1.959964
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927): right also at 0 and at n of n."""
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927): right also at 0 and at n of n.
+
+    A sample may count in part: shares scatter less than hits and misses of the same mean, so it is wide enough.
+    """
     share, z2 = successes / n, _Z**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def sign_test(won: int, lost: int) -> float:
+    """The exact two-sided sign test of paired samples, McNemar's (1947) where each is right or wrong.
+
+    How likely a split as uneven as this is, if winning and losing were equally likely; ties say nothing.
+    """
+    n = won + lost
+    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
+    return min(1.0, float(2 * tail / 2**n))
 
 
 def resampled(clusters: Sums, statistic: Statistic) -> tuple[float, float]:

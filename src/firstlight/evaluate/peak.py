@@ -51,10 +51,15 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp = 3 * config.intermediate_size * max(config.num_experts_used, 1) + config.num_experts
     linears = config.hidden_size * (2 * q + 2 * kv + mlp)
+    layers = config.num_layers * 2 * linears * num_tokens + attention_flops(config, num_tokens)
+    return layers + 2 * config.hidden_size * config.vocab_size
+
+
+def attention_flops(config: ModelConfig, num_tokens: int) -> float:
+    """Of these what attention takes."""
     behind = (max(num_tokens - window, 0) if window else 0 for window in config.windows)
     pairs = sum(num_tokens * (num_tokens + 1) / 2 - hidden * (hidden + 1) / 2 for hidden in behind)
-    layers = config.num_layers * 2 * linears * num_tokens + 4 * q * pairs
-    return layers + 2 * config.hidden_size * config.vocab_size
+    return 4 * config.num_heads * config.head_dim * pairs
 
 
 def limit_s(config: ModelConfig, num_tokens: int, gflops: float) -> float:

@@ -46,6 +46,11 @@ class Excerpt:
     num_bos: int
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of context that it takes."""
+        return self.length + CONTINUATION + 1
+
+    @property
     def rows(self) -> Tensor:
         """i64 [n]: the ordinals that are looked at, ascending."""
         return torch.cat([torch.arange(w.start, w.stop) for w in (*self.windows, *self.runs)])

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from firstlight.evaluate.intervals import Statistic, Sums, resampled, wilson
+from firstlight.evaluate.intervals import Statistic, Sums, resampled, sign_test, wilson
 from firstlight.evaluate.reading import SUMS
+from firstlight.evaluate.retrieval import PLACEMENTS, SECOND
 
 Record = dict[str, Any]
 Records = Sequence[Record]
@@ -24,6 +25,9 @@ FLOOR = 0.9
 """A retrieval score counts only where dense reaches so much: below, it would judge the model and not the method."""
 GAIN_FROM = 1.05
 """Context gain is judged on texts that are so much harder to a truncated reader; elsewhere it is noise."""
+
+DEPTHS = 5
+"""Parts of a text in the table by depth."""
 
 _ROWS, _KL, _TOP1, _NLL, _NLL_REFERENCE, _NLL_TRUNCATED = range(len(SUMS))
 
@@ -39,9 +43,28 @@ def perplexity(records: Records, dense: Records | None) -> list[Row]:
     return [row | _context(row["at"], records) for row in rows]
 
 
+def context_gain(records: Records, dense: Records | None) -> list[Row]:
+    """The context gain that is kept, and its difference from dense's; n/a where no text has one."""
+    return [_gain_kept(at, records, dense) for at in _places(records)]
+
+
 def retrieval(records: Records, dense: Records | None) -> list[Row]:
-    """Share of right answers, to the question at the prompt's end and to a second one on the kept cache."""
-    return [_answers(at, records, dense) for at in ("last", "second")]
+    """Share of right answers, for each place of the question; and the same by depth, where there is one."""
+    places = [at for at in (*PLACEMENTS, SECOND) if any(at in record for record in records)]
+    return [_answers(at, records, dense) for at in places]
+
+
+def together(rows: Sequence[Row]) -> list[Row]:
+    """All paired samples of each setting and length: what every task and place won and lost, one line for each."""
+    found: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        less = row["against_dense"] or {}
+        if "won" in less:
+            first = {"name": row["name"], "length": row["length"], "samples": 0, "won": 0, "lost": 0, "rows": 0}
+            sums = found.setdefault((row["name"], row["length"]), first)
+            sums |= {key: sums[key] + less[key] for key in ("won", "lost")}
+            sums |= {"samples": sums["samples"] + row["samples"], "rows": sums["rows"] + 1}
+    return [sums | _verdict(sums["won"], sums["lost"], sums["samples"]) for sums in found.values()]
 
 
 def estimate(clusters: Sums, statistic: Statistic) -> tuple[float, float, float]:
@@ -109,10 +132,14 @@ def _reading(at: str, statistic: Statistic, records: Records, dense: Records | N
 def _context(at: str, records: Records) -> Row:
     """Each text's perplexity, and the context gain kept on the texts that have one."""
     texts = [_text(record["book"], _windows([record], at)) for record in records]
-    judged = [record for record, text in zip(records, texts) if text["truncated_ratio"] >= GAIN_FROM]
-    gain, low, high = estimate(_with_cut(_windows(judged, at)), _gain)
+    gain, low, high = estimate(_judged_windows(at, records), _gain)
     reference = estimate(_windows(records, at), _perplexity(_NLL_REFERENCE))[0]
-    facts = {"gain_kept": gain, "gain_low": low, "gain_high": high, "gain_texts": len(judged)}
+    facts = {
+        "gain_kept": gain,
+        "gain_low": low,
+        "gain_high": high,
+        "gain_texts": sum(_is_harder(r, at) for r in records),
+    }
     return {"reference": reference, **facts, "texts": texts}
 
 
@@ -129,10 +156,29 @@ def _with_cut(windows: Sums) -> Sums:
     return windows[~np.isnan(windows[:, _NLL_TRUNCATED])]
 
 
+def _gain_kept(at: str, records: Records, dense: Records | None) -> Row:
+    row = _reading(at, _perplexity(_NLL), records, None) | _context(at, records)
+    kept = _judged_windows(at, records)
+    score = {"score": row["gain_kept"], "low": row["gain_low"], "high": row["gain_high"], "perplexity": row["score"]}
+    less = None if dense is None else difference(kept, _judged_windows(at, dense), _gain)
+    note = {} if row["gain_texts"] else {"note": "n/a: no text is harder without its context"}
+    counts = {"samples": int(kept[:, _ROWS].sum()), "clusters": len(kept)}
+    return row | score | counts | {"against_dense": less} | note
+
+
+def _judged_windows(at: str, records: Records) -> Sums:
+    """The windows with a truncated reader, of the texts that are harder to him."""
+    return _with_cut(_windows([record for record in records if _is_harder(record, at)], at))
+
+
+def _is_harder(record: Record, at: str) -> bool:
+    return bool(_text(record["book"], _windows([record], at))["truncated_ratio"] >= GAIN_FROM)
+
+
 def _answers(at: str, records: Records, dense: Records | None) -> Row:
-    """One question of a retrieval; no score where dense itself can't do it."""
+    """One place of the question; no score where dense itself can't do it."""
     right = _right(records, at)
-    n, found = len(right), int(right[:, 1].sum())
+    n, found = len(right), float(right[:, 1].sum())
     low, high = wilson(found, n)
     row = {
         "at": at,
@@ -144,18 +190,38 @@ def _answers(at: str, records: Records, dense: Records | None) -> Row:
         "kl": None,
         "top1": None,
     }
+    row |= {"depths": _by_depth(records, at)}
     if dense is None:
         return row | {"against_dense": None}
     theirs = _right(dense, at)
-    known = int(theirs[:, 1].sum())
+    known = float(theirs[:, 1].sum())
     if known < FLOOR * n:
-        nothing = dict.fromkeys(("score", "low", "high", "against_dense"))
-        return row | nothing | {"note": f"n/a: dense finds {known} of {n}"}
+        nothing = dict.fromkeys(("score", "low", "high", "against_dense", "depths"))
+        return row | nothing | {"note": f"n/a: dense finds {known:g} of {n}"}
     changed = right[:, 1] - theirs[:, 1]
-    counts = {"won": int((changed > 0).sum()), "lost": int((changed < 0).sum())}
+    counts = _verdict(int((changed > 0).sum()), int((changed < 0).sum()), n)
     return row | {"against_dense": (difference(right, theirs, _share(1)) or {}) | counts}
 
 
+def _verdict(won: int, lost: int, n: int) -> Row:
+    """Samples of n that a setting does better than dense, and worse; `p`: how likely so uneven a split is by chance."""
+    return {"won": won, "lost": lost, "net": won - lost, "equal": n - won - lost, "p": sign_test(won, lost)}
+
+
 def _right(records: Records, at: str) -> Sums:
-    """[n, 2]: a sample, and whether it was right."""
-    return np.array([[1, record[at]] for record in records], np.float64)
+    """[n, 2]: a sample, and its share of right values."""
+    return np.array([[1, record[at]] for record in records if at in record], np.float64)
+
+
+def _by_depth(records: Records, at: str) -> list[Row] | None:
+    """The score in each part of the text, from its beginning; None where answers lie in several places."""
+    found = [(record["depth"], float(record[at])) for record in records if at in record]
+    if at == SECOND or any(depth is None for depth, _ in found):
+        return None
+    parts: list[list[float]] = [[] for _ in range(DEPTHS)]
+    for depth, right in found:
+        parts[int(depth * DEPTHS)].append(right)
+    return [
+        {"from": i / DEPTHS, "to": (i + 1) / DEPTHS, "samples": len(p), "score": sum(p) / len(p) if p else None}
+        for i, p in enumerate(parts)
+    ]

@@ -1,34 +1,26 @@
-"""The tasks of `firstlight eval` by name: what is run for each, and how scores are made of it."""
+"""The tasks of `firstlight eval` by name. A task is a small class: what is run for it, and how scores are made of that.
+
+What is run is a cell: sample number so-and-so of an experiment at a length, under one setting. Two tasks may share an
+experiment. A new task of retrieval is a line in a table of makers; another kind of task is a class here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from firstlight.core.errors import UserError
 from firstlight.engine.engine import Engine
-from firstlight.evaluate import needle, reading, scores
+from firstlight.evaluate import counting, hops, needle, reading, retrieval, scores, tracing
+from firstlight.evaluate.haystack import Draw
 from firstlight.evaluate.reference import References
+from firstlight.evaluate.retrieval import PLACEMENTS, Puzzle
 from firstlight.prompt.tokenizer import Tokenizer
 
 READING = "reading"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task: the experiment whose records it needs (two tasks may share one), its scores, its usual size."""
-
-    experiment: str
-    scores: scores.Scores
-    samples: int
-
-
-TASKS = {
-    "agreement": Task(READING, scores.agreement, 3),
-    "perplexity": Task(READING, scores.perplexity, 3),
-    **{name: Task(name, scores.retrieval, 10) for name in needle.KINDS},
-}
 
 
 @dataclass(frozen=True)
@@ -40,31 +32,100 @@ class Cell:
     index: int
 
 
+class Task(ABC):
+    """What is run for a row of the table, and what the row says."""
+
+    samples = 10
+    """Prompts of each length, unless somebody says otherwise."""
+    by_row = False
+    """Rows are compared at their places, so a prompt must not be shortened."""
+
+    @abstractmethod
+    def experiments(self, placements: Sequence[str]) -> list[str]:
+        """Names of what has to be run, for questions that stand in these places."""
+
+    @abstractmethod
+    def prepare(self, tokenizer: Tokenizer, cell: Cell, seed: int) -> Any:
+        """What a cell is run on; its `num_tokens` says how much context that takes. UserError if it can't be made."""
+
+    @abstractmethod
+    def run(self, engine: Engine, tokenizer: Tokenizer, prepared: Any, references: References) -> dict[str, Any]:
+        """The record of a cell."""
+
+    @abstractmethod
+    def scores(self, records: scores.Records, dense: scores.Records | None) -> list[scores.Row]:
+        """Rows of the table from the records of all cells; `dense`: dense's of the same, None if these are."""
+
+
+@dataclass(frozen=True)
+class Reading(Task):
+    """Reading a book beside float32 (`reading.py`)."""
+
+    score: scores.Scores
+    samples = 3
+    by_row = True
+
+    def experiments(self, placements: Sequence[str]) -> list[str]:
+        return [READING]
+
+    def prepare(self, tokenizer: Tokenizer, cell: Cell, seed: int) -> reading.Excerpt:
+        return reading.excerpt(tokenizer, cell.length, cell.index)
+
+    def run(
+        self, engine: Engine, tokenizer: Tokenizer, prepared: reading.Excerpt, references: References
+    ) -> dict[str, Any]:
+        reference = references.find(prepared)
+        assert reference is not None, "references are made before they are used"
+        probe_rows = max((part.capability.last_rows for part in engine.parts), default=0)
+        return reading.compare(engine, prepared, reference, probe_rows)
+
+    def scores(self, records: scores.Records, dense: scores.Records | None) -> list[scores.Row]:
+        return self.score(records, dense)
+
+
+@dataclass(frozen=True)
+class Retrieval(Task):
+    """Finding something in a text (`retrieval.py`). A sample is the same for every placement of its question."""
+
+    name: str
+    make: Callable[[Draw], Puzzle]
+
+    def experiments(self, placements: Sequence[str]) -> list[str]:
+        return [self.name if at == PLACEMENTS[0] else f"{self.name} {at}" for at in placements]
+
+    def prepare(self, tokenizer: Tokenizer, cell: Cell, seed: int) -> retrieval.Sample:
+        dice = random.Random(f"{seed}:{self.name}:{cell.length}:{cell.index}")
+        puzzle = self.make(Draw(dice, cell.index, cell.length))
+        placement = cell.experiment.removeprefix(self.name).strip() or PLACEMENTS[0]
+        return retrieval.sample(tokenizer, puzzle, placement, cell.length)
+
+    def run(
+        self, engine: Engine, tokenizer: Tokenizer, prepared: retrieval.Sample, references: References
+    ) -> dict[str, Any]:
+        return retrieval.measure(engine, tokenizer, prepared)
+
+    def scores(self, records: scores.Records, dense: scores.Records | None) -> list[scores.Row]:
+        return scores.retrieval(records, dense)
+
+
+_MAKERS: dict[str, Callable[[Draw], Puzzle]] = {
+    **needle.MAKERS,
+    "vt": tracing.trace,
+    "cwe": counting.common_words,
+    "fwe": counting.frequent_words,
+    **hops.MAKERS,
+}
+TASKS: dict[str, Task] = {
+    "agreement": Reading(scores.agreement),
+    "perplexity": Reading(scores.perplexity),
+    "context_gain": Reading(scores.context_gain),
+    **{name: Retrieval(name, make) for name, make in _MAKERS.items()},
+}
+
+
 def tasks_of(names: Sequence[str]) -> dict[str, Task]:
     """The tasks of these names. Raises UserError that lists the choices."""
     for name in names:
         if name not in TASKS:
             raise UserError(f"no task is called {name!r}; choose one of: {', '.join(TASKS)}")
     return {name: TASKS[name] for name in names}
-
-
-def num_tokens(cell: Cell) -> int:
-    """Tokens of context that a cell takes, generated ones included."""
-    return cell.length + (reading.CONTINUATION + 1 if cell.experiment == READING else 0)
-
-
-def prepare(tokenizer: Tokenizer, cell: Cell, seed: int) -> Any:
-    """What the cell is run on: an excerpt, or a sample of a retrieval task."""
-    if cell.experiment == READING:
-        return reading.excerpt(tokenizer, cell.length, cell.index)
-    return needle.sample(tokenizer, cell.experiment, cell.length, cell.index, seed)
-
-
-def run_cell(engine: Engine, tokenizer: Tokenizer, prepared: Any, references: References) -> dict[str, Any]:
-    """The record of a cell. An excerpt's reference has to be there."""
-    if not isinstance(prepared, reading.Excerpt):
-        return needle.measure(engine, tokenizer, prepared)
-    reference = references.find(prepared)
-    assert reference is not None, "references are made before they are used"
-    probe_rows = max((part.capability.last_rows for part in engine.parts), default=0)
-    return reading.compare(engine, prepared, reference, probe_rows)
