@@ -19,7 +19,7 @@ from firstlight.core.config import Options
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability, Cut, Keep, Retention, RowPolicy
 from firstlight.core.request import Request, SamplingParams
-from firstlight.evaluate import grid, reading, reference, tasks
+from firstlight.evaluate import grid, reading, reference, settings
 from firstlight.evaluate.grid import Grid, evaluate
 from tests.tiny import VOCABULARY, save_tiny, tiny_engine
 
@@ -82,8 +82,8 @@ def measured(model: str, results: Path) -> Callable[..., dict[tuple[str, str], d
     def measure(*method: str, names: str = "agreement,perplexity", **options: Any) -> Any:
         given = Options(**{"method": method, "precision": "f32", "threads": 1, **options})
         found = evaluate(model, given, Grid(names.split(","), [LENGTH]), out=results)["rows"]
-        own = {(r["task"], r["at"]): r for r in found if r["name"] == grid.name_of(given)}
-        dense = {(r["task"], r["at"]): r for r in found if r["name"] == "dense, bf16"}
+        own = {(r["task"], r["at"]): r for r in found if r["name"] == settings.name_of(given)}
+        dense = {(r["task"], r["at"]): r for r in found if r["name"] == "dense"}
         return {**own, "dense": dense}
 
     return measure
@@ -137,7 +137,7 @@ def test_a_shortened_prompt_has_needles_but_no_rows_to_compare(model: str) -> No
         evaluate(model, given, Grid(["agreement", "perplexity"], [LENGTH]))
     rows = evaluate(model, given, Grid(["niah_single_1"], [1200], 1))["rows"]
     told = {row["name"]: row["methods"] for row in rows}
-    assert told["dense, bf16"] == [] and told["truncate:rate=0.25, f32"][0]["rate"] == pytest.approx(0.25, abs=0.01)
+    assert told["dense"] == [] and told["truncate:rate=0.25 + f32"][0]["rate"] == pytest.approx(0.25, abs=0.01)
 
 
 def test_forced_rows_have_the_logits_of_a_prompt_that_holds_them() -> None:
@@ -199,8 +199,8 @@ def test_windows_are_disjoint_and_span_the_prompt() -> None:
 
 def test_nothing_is_run_twice(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
-    real_run, real_read = tasks.run_cell, reading.read
-    monkeypatch.setattr(grid, "run_cell", lambda *given: runs.append("cell") or real_run(*given))
+    real_compare, real_read = reading.compare, reading.read
+    monkeypatch.setattr(reading, "compare", lambda *given: runs.append("cell") or real_compare(*given))
     monkeypatch.setattr(reading, "read", lambda *given: runs.append("read") or real_read(*given))
     out, one = tmp_path / "results.jsonl", Options(threads=1, method=("band:window=64",))
     first = evaluate(model, one, Grid(["agreement"], [128], 2), out=out)
@@ -218,14 +218,14 @@ def test_nothing_is_run_twice(model: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_interrupt_keeps_what_is_finished(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, count = tasks.run_cell, iter(range(100))
+    real, count = reading.compare, iter(range(100))
 
     def stops_at_the_third(*given: Any) -> Any:
         if next(count) == 2:
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(grid, "run_cell", stops_at_the_third)
+    monkeypatch.setattr(reading, "compare", stops_at_the_third)
     out = tmp_path / "results.jsonl"
     line = ["eval", model, "--tasks", "agreement", "--lengths", "128", "--threads", "1", "--out", str(out)]
     assert call(line) == 130
@@ -253,7 +253,7 @@ def test_json_and_table(model: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["--tasks", "nothing"], "no task is called 'nothing'; choose one of: agreement, perplexity, niah_single_1"),
+        (["--tasks", "nothing"], "no task is called 'nothing'; choose one of: agreement, perplexity, context_gain"),
         (["--lengths", "4096"], "a prompt of 4096 tokens takes 4225 with what follows it, the model's limit is 2048"),
         (["--lengths", "512", "--max-model-len", "600"], "the model's limit is 600; give --lengths up to 471"),
         (["--lengths", "many"], "can't read the lengths 'many'"),
@@ -261,8 +261,14 @@ def test_json_and_table(model: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--lengths", "30"], "30 tokens are too few to read"),
         (["--samples", "0"], "give 1 or more"),
         (["--samples", "5000"], "excerpts of 256 tokens; give fewer --samples"),
-        (["--tasks", "niah_single_1", "--lengths", "200"], "200 tokens are too few for a haystack"),
+        (["--tasks", "niah_single_1", "--lengths", "200"], "200 tokens are too few for this task"),
         (["--method", "nothing"], "no method is called 'nothing'"),
+        (["--against", "nothing + int8"], "no method is called 'nothing'"),
+        (["--against", "f32 + int8"], "can't read the setting 'f32 + int8'; write it like band:window=512 + int8"),
+        (["--against", "truncate:rate=0.5"], "compare row by row, and truncate takes rows out"),
+        (["--placements", "last,middle"], "questions stand in last, first, tail"),
+        (["--tasks", "recall", "--method", "truncate"], "recall compare row by row"),
+        (["--tasks", "recall", "--against", "forgetful"], "recall is measured on planners alone, and forgetful does"),
         (["--out", "{tmp}"], "can't write"),
         (["--out", "{tmp}/notes.txt"], "holds something else than results of firstlight eval"),
     ],

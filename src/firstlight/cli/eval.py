@@ -18,7 +18,7 @@ from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
 
-_BESIDE = {"agreement": "KL", "perplexity": "gain kept", "context_gain": "perplexity"}
+_BESIDE = {"agreement": "KL", "perplexity": "gain kept", "context_gain": "perplexity", "recall": "error"}
 """What a table shows beside a task's score."""
 
 
@@ -30,7 +30,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="What to measure: agreement (with float32), perplexity and context_gain (on books), or retrieval by "
+            help="What to measure: agreement (with float32), perplexity and context_gain (on books), recall (what a "
+            "planner leaves out, layer by layer), or retrieval by "
             "RULER's names (niah_single_1..3, niah_multikey_1..3, niah_multivalue, niah_multiquery, vt, cwe, fwe, "
             "qa_1, qa_2) and lost_in_the_middle.",
         ),
@@ -124,7 +125,7 @@ def depth_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
             shown = Table(title=f"{task} by depth, {at}, {length} tokens", title_justify="left", box=None)
             shown.add_column("settings", overflow="fold", min_width=11)
             for part in cell[0]["depths"]:
-                shown.add_column(f"{part['from']:.0%}-{part['to']:.0%} (n {part['samples']})", justify="right")
+                shown.add_column(f"{100 * part['from']:.0f}-{100 * part['to']:.0f} %", justify="right", no_wrap=True)
             for row in cell:
                 shown.add_row(row["name"], *(_number(part["score"]) for part in row["depths"]))
             yield shown
@@ -155,6 +156,7 @@ def _cell(row: dict[str, Any]) -> tuple[str, str, int]:
 
 def _texts(row: dict[str, Any]) -> list[str]:
     beside = {"agreement": row["kl"], "perplexity": row.get("gain_kept"), "context_gain": row.get("perplexity")}
+    beside["recall"] = row.get("error")
     less = row["against_dense"] or {}
     counts = f"{less['won']}, {less['lost']}" if "won" in less else "-"
     return [
@@ -164,7 +166,7 @@ def _texts(row: dict[str, Any]) -> list[str]:
         _difference(less),
         _number(beside[row["task"]]) if row["task"] in beside else counts,
         f"{row['density']:.2f}",
-        duration(row["ttft_s"]),
+        "-" if row["ttft_s"] is None else duration(row["ttft_s"]),
     ]
 
 

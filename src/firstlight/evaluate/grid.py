@@ -18,15 +18,17 @@ import torch
 
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
+from firstlight.core.parts import PromptIds
 from firstlight.core.registry import Part, make_parts
 from firstlight.evaluate import books
 from firstlight.evaluate.reading import Excerpt
+from firstlight.evaluate.recall import Captured, capture, layers_of
 from firstlight.evaluate.records import Record, Records
 from firstlight.evaluate.reference import References
 from firstlight.evaluate.retrieval import PLACEMENTS
 from firstlight.evaluate.scores import together
 from firstlight.evaluate.settings import controls, dense_of, is_edited, name_of
-from firstlight.evaluate.tasks import TASKS, Cell, Task, tasks_of
+from firstlight.evaluate.tasks import TASKS, Cell, Desk, Passage, Task, tasks_of
 from firstlight.llm import LLM
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
@@ -81,11 +83,11 @@ class Work:
 class Subject:
     """A model under some settings, and its records."""
 
-    def __init__(
-        self, model: str, options: Options, digest: str, records: Records, calibrations: Record | None = None
-    ) -> None:
+    def __init__(self, model: str, options: Options, digest: str, records: Records, parts: Sequence[Part]) -> None:
         self.model, self.options, self._digest, self._records = model, _alone(options), digest, records
+        calibrations = _calibrations(parts)
         self._calibrations = {"calibrations": calibrations} if calibrations else {}
+        self.parts = parts
 
     def run_of(self, cell: Cell) -> Record:
         """What names a record: nothing else may change its figures."""
@@ -97,57 +99,79 @@ class Subject:
         found = [self._records.find(self.run_of(cell)) for cell in cells]
         return [record for record in found if record is not None]
 
-    def run(self, work: Mapping[Cell, Work], references: References, progress: Any, tell: Tell) -> None:
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those that have no record yet."""
+        return [cell for cell in cells if not self.records([cell])]
+
+    def run(self, work: Mapping[Cell, Work], desk: Desk, progress: Any, tell: Tell) -> None:
         """Run every cell that has no record yet."""
-        missing = [cell for cell in work if not self.records([cell])]
-        if not missing:
-            return
-        with open_llm(self.model, self.options, progress) as llm:
-            for n, cell in enumerate(missing):
-                tell(f"{name_of(self.options)}: {cell.experiment}, {cell.length} tokens, {n + 1} of {len(missing)}")
-                record = work[cell].task.run(llm.engine, llm.tokenizer, work[cell].prepared, references)
-                self._records.add(self.run_of(cell), record)
+        free, bound = ([c for c in self.missing(work) if work[c].task.needs_engine == needs] for needs in (False, True))
+        self._run({cell: work[cell] for cell in free}, desk, tell)
+        if bound:
+            with open_llm(self.model, self.options, progress) as llm:
+                self._run({cell: work[cell] for cell in bound}, replace(desk, engine=llm.engine), tell)
+
+    def _run(self, work: Mapping[Cell, Work], desk: Desk, tell: Tell) -> None:
+        for n, (cell, what) in enumerate(work.items()):
+            tell(f"{name_of(self.options)}: {cell.experiment}, {cell.length} tokens, {n + 1} of {len(work)}")
+            self._records.add(self.run_of(cell), what.task.run(desk, what.prepared))
 
 
 class Session:
     """One call of `evaluate`: a model, its prepared cells, and where their records are."""
 
-    def __init__(self, model: str, grid: Grid, seed: int, out: Path | None, progress: Any, tell: Tell) -> None:
+    def __init__(self, model: str, grid: Grid, options: Options, out: Path | None, progress: Any, tell: Tell) -> None:
         self.model, self.grid, self.progress, self.tell = model, grid, progress, tell
         self.records = Records(out)
         self.checkpoint = open_checkpoint(resolve(model))
         self.references = References(self.checkpoint.digest)
         self._tokenizer = Tokenizer.from_source(self.checkpoint.tokenizer_source)
-        self._seed = seed
+        self._options = options
+        self.captures: dict[Passage, Captured] = {}
         self.work: dict[Cell, Work] = {}
 
     def subject(self, options: Options) -> Subject:
         """Raises UserError if the setting can't be judged on this grid."""
         facts = self.checkpoint.config.facts(self.checkpoint.digest)
-        calibrations = _calibrations(make_parts(options.methods, facts))
-        return Subject(self.model, options, self.checkpoint.digest, self.records, calibrations)
+        return Subject(self.model, options, self.checkpoint.digest, self.records, make_parts(options.methods, facts))
 
-    def prepare(self, most: int | None) -> None:
+    def prepare(self) -> None:
         """All cells. Raises UserError if one of them doesn't fit into the context."""
-        limit = min(most or self.checkpoint.config.max_context, self.checkpoint.config.max_context)
+        limit = min(
+            self._options.max_model_len or self.checkpoint.config.max_context, self.checkpoint.config.max_context
+        )
         for cell, task in self.grid.owners().items():
-            prepared = task.prepare(self._tokenizer, cell, self._seed)
+            prepared = task.prepare(self._tokenizer, cell, self._options.seed)
             _check_context(cell, prepared.num_tokens, limit)
             self.work[cell] = Work(task, prepared)
 
     def run(self, subject: Subject, length: int | None = None) -> None:
-        """Every cell, or those of one length, that a subject takes."""
-        by_row = not is_edited(subject.options)
-        wanted = {c: w for c, w in self.work.items() if length in (None, c.length) and (by_row or not w.task.by_row)}
-        subject.run(wanted, self.references, self.progress, self.tell)
+        """Every cell; of a control those of its length that it is a control for."""
+        wanted = {cell: work for cell, work in self.work.items() if length is None}
+        if length is not None:
+            wanted = {c: w for c, w in self.work.items() if c.length == length and _concerns(w.task, subject.options)}
+        self._capture([w.prepared for c, w in wanted.items() if c in subject.missing(wanted)])
+        desk = Desk(subject.parts, self._tokenizer, self.references, self.captures)
+        subject.run(wanted, desk, self.progress, self.tell)
 
-    def refer(self, options: Options) -> None:
+    def _capture(self, prepared: Sequence[Any]) -> None:
+        """Q, K and V of dense for the passages among these; they are kept for all settings of this call."""
+        passages = [p for p in prepared if isinstance(p, Passage) and p not in self.captures]
+        if not passages:
+            return
+        layers = layers_of(self.checkpoint.config.windows)
+        with open_llm(self.model, _alone(dense_of(self._options)), self.progress) as llm:
+            for passage in passages:
+                self.tell(f"Q, K and V of dense: {len(passage.ids)} tokens")
+                self.captures[passage] = capture(llm.engine, PromptIds(passage.ids), layers)
+
+    def refer(self) -> None:
         """Make the float32 references that are not there."""
         excerpts = [w.prepared for w in self.work.values() if isinstance(w.prepared, Excerpt)]
         missing = [excerpt for excerpt in excerpts if self.references.find(excerpt) is None]
         if not missing:
             return
-        with open_llm(self.model, _alone(replace(dense_of(options), precision="f32")), self.progress) as llm:
+        with open_llm(self.model, _alone(replace(dense_of(self._options), precision="f32")), self.progress) as llm:
             for n, excerpt in enumerate(missing):
                 self.tell(f"float32 reference: {excerpt.length} tokens, {n + 1} of {len(missing)}")
                 self.references.make(llm.engine, excerpt)
@@ -185,11 +209,11 @@ def evaluate(
     """
     settings = {name_of(o): o for o in (dense_of(options), options, *against)}
     for setting in settings.values():
-        _check_editors(make_parts(setting.methods), grid)
-    session = Session(model, grid, options.seed, out, progress, tell)
+        _check(make_parts(setting.methods), grid)
+    session = Session(model, grid, options, out, progress, tell)
     subjects = [session.subject(setting) for setting in settings.values()]
-    session.prepare(options.max_model_len)
-    session.refer(options)
+    session.prepare()
+    session.refer()
     for subject in subjects:
         session.run(subject)
     rows = []
@@ -202,8 +226,8 @@ def evaluate(
     return {"model": model, "rows": rows, "paired": together(rows), "texts": texts}
 
 
-def _check_editors(parts: Sequence[Part], grid: Grid) -> None:
-    """Reading compares rows at their places, and a shortened prompt's rows have others."""
+def _check(parts: Sequence[Part], grid: Grid) -> None:
+    """Some tasks compare rows at their places, and a shortened prompt's rows have others."""
     editors = [part.method for part in parts if part.seam == "prompt"]
     reading = [name for name, task in tasks_of(grid.tasks).items() if task.by_row]
     if editors and reading:
@@ -211,6 +235,8 @@ def _check_editors(parts: Sequence[Part], grid: Grid) -> None:
             f"{' and '.join(reading)} compare row by row, and {editors[0]} takes rows out, so the rest stand elsewhere"
             "; choose --tasks niah_single_1 or another needle"
         )
+    for task in tasks_of(grid.tasks).values():
+        task.check(parts)
 
 
 def _calibrations(parts: Sequence[Part]) -> dict[str, str]:
@@ -249,12 +275,25 @@ def _rows(grid: Grid, name: str, length: int, subjects: Sequence[Subject]) -> li
             "length": length,
             "settings": asdict(subject.options),
             "name": name_of(subject.options),
-            "ttft_s": statistics.median(record["ttft_s"] for record in records),
+            "ttft_s": _median([record["ttft_s"] for record in records]),
             "density": statistics.fmean(record["density"] for record in records),
             "methods": records[0]["methods"],
         }
         rows += [common | row for row in task.scores(records, None if subject is subjects[0] else dense)]
     return [_plain(row) for row in rows]
+
+
+def _concerns(task: Task, control: Options) -> bool:
+    """Shortened prompts have other rows, float32 is what rows are compared with, a precision plans nothing."""
+    if is_edited(control) or control.precision == "f32":
+        return not task.by_row
+    return task.needs_engine or bool(control.method)
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+    """None where nothing was timed."""
+    timed = [second for second in seconds if second is not None]
+    return statistics.median(timed) if timed else None
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ GAIN_FROM = 1.05
 DEPTHS = 5
 """Parts of a text in the table by depth."""
 
+_FIGURES = ("recall", "rest", "error")
 _ROWS, _KL, _TOP1, _NLL, _NLL_REFERENCE, _NLL_TRUNCATED = range(len(SUMS))
 
 
@@ -52,6 +53,19 @@ def retrieval(records: Records, dense: Records | None) -> list[Row]:
     """Share of right answers, for each place of the question; and the same by depth, where there is one."""
     places = [at for at in (*PLACEMENTS, SECOND) if any(at in record for record in records)]
     return [_answers(at, records, dense) for at in places]
+
+
+def recall(records: Records, dense: Records | None) -> list[Row]:
+    """Share of dense softmax mass on the keys that are read, in the mean over layers; beside it the output's error."""
+    clusters = np.array([[1, *(layer[key] for key in _FIGURES)] for r in records for layer in r["layers"]], np.float64)
+    estimates = {key: estimate(clusters, _share(1 + i)) for i, key in enumerate(_FIGURES)}
+    score, low, high = estimates["recall"]
+    error, error_low, error_high = estimates["error"]
+    row = {"at": "prompt", "score": score, "low": low, "high": high, "samples": len(records), "clusters": len(clusters)}
+    row |= {"kl": None, "top1": None, "against_dense": None, "recall_rest": estimates["rest"][0]}
+    row |= {"error": error, "error_low": error_low, "error_high": error_high}
+    layers = [{"book": r["book"], **layer} for r in records for layer in r["layers"]]
+    return [row | {"planner_s": sum(r["planner_s"] for r in records) / len(records), "layers": layers}]
 
 
 def together(rows: Sequence[Row]) -> list[Row]:

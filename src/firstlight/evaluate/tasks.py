@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from firstlight.core.errors import UserError
+from firstlight.core.registry import Part
 from firstlight.engine.engine import Engine
-from firstlight.evaluate import counting, hops, needle, reading, retrieval, scores, tracing
+from firstlight.evaluate import counting, hops, needle, reading, recall, retrieval, scores, tracing
 from firstlight.evaluate.haystack import Draw
 from firstlight.evaluate.reference import References
 from firstlight.evaluate.retrieval import PLACEMENTS, Puzzle
 from firstlight.prompt.tokenizer import Tokenizer
 
-READING = "reading"
+READING, RECALL = "reading", "recall"
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,40 @@ class Cell:
     index: int
 
 
+@dataclass(frozen=True)
+class Passage:
+    """The tokens of a prompt that is only prefilled."""
+
+    book: str
+    ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids) + 1
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What tasks work with: a setting's parts, an engine under it, and what dense left for them."""
+
+    parts: Sequence[Part]
+    tokenizer: Tokenizer
+    references: References
+    captures: Mapping[Passage, recall.Captured]
+    engine: Engine | None = None
+
+    @property
+    def running(self) -> Engine:
+        assert self.engine is not None, "the task doesn't say that it needs an engine"
+        return self.engine
+
+
 class Task(ABC):
     """What is run for a row of the table, and what the row says."""
 
     samples = 10
     """Prompts of each length, unless somebody says otherwise."""
+    needs_engine = True
     by_row = False
     """Rows are compared at their places, so a prompt must not be shortened."""
 
@@ -48,8 +78,12 @@ class Task(ABC):
     def prepare(self, tokenizer: Tokenizer, cell: Cell, seed: int) -> Any:
         """What a cell is run on; its `num_tokens` says how much context that takes. UserError if it can't be made."""
 
+    def check(self, parts: Sequence[Part]) -> None:
+        """Raises UserError if the task says nothing of methods with these parts."""
+        return
+
     @abstractmethod
-    def run(self, engine: Engine, tokenizer: Tokenizer, prepared: Any, references: References) -> dict[str, Any]:
+    def run(self, desk: Desk, prepared: Any) -> dict[str, Any]:
         """The record of a cell."""
 
     @abstractmethod
@@ -71,13 +105,11 @@ class Reading(Task):
     def prepare(self, tokenizer: Tokenizer, cell: Cell, seed: int) -> reading.Excerpt:
         return reading.excerpt(tokenizer, cell.length, cell.index)
 
-    def run(
-        self, engine: Engine, tokenizer: Tokenizer, prepared: reading.Excerpt, references: References
-    ) -> dict[str, Any]:
-        reference = references.find(prepared)
+    def run(self, desk: Desk, prepared: reading.Excerpt) -> dict[str, Any]:
+        reference = desk.references.find(prepared)
         assert reference is not None, "references are made before they are used"
-        probe_rows = max((part.capability.last_rows for part in engine.parts), default=0)
-        return reading.compare(engine, prepared, reference, probe_rows)
+        probe_rows = max((part.capability.last_rows for part in desk.parts), default=0)
+        return reading.compare(desk.running, prepared, reference, probe_rows)
 
     def scores(self, records: scores.Records, dense: scores.Records | None) -> list[scores.Row]:
         return self.score(records, dense)
@@ -99,13 +131,36 @@ class Retrieval(Task):
         placement = cell.experiment.removeprefix(self.name).strip() or PLACEMENTS[0]
         return retrieval.sample(tokenizer, puzzle, placement, cell.length)
 
-    def run(
-        self, engine: Engine, tokenizer: Tokenizer, prepared: retrieval.Sample, references: References
-    ) -> dict[str, Any]:
-        return retrieval.measure(engine, tokenizer, prepared)
+    def run(self, desk: Desk, prepared: retrieval.Sample) -> dict[str, Any]:
+        return retrieval.measure(desk.running, desk.tokenizer, prepared)
 
     def scores(self, records: scores.Records, dense: scores.Records | None) -> list[scores.Row]:
         return scores.retrieval(records, dense)
+
+
+@dataclass(frozen=True)
+class Recall(Task):
+    """What a planner leaves out, on the Q, K and V of one dense prefill (`recall.py`); no model runs under it."""
+
+    samples = 1
+    by_row = True
+    needs_engine = False
+
+    def experiments(self, placements: Sequence[str]) -> list[str]:
+        return [RECALL]
+
+    def prepare(self, tokenizer: Tokenizer, cell: Cell, seed: int) -> Passage:
+        excerpt = reading.excerpt(tokenizer, cell.length, cell.index)
+        return Passage(excerpt.book, tuple(excerpt.ids[: cell.length]))
+
+    def check(self, parts: Sequence[Part]) -> None:
+        recall.planners_of(parts)
+
+    def run(self, desk: Desk, prepared: Passage) -> dict[str, Any]:
+        return {"book": prepared.book, **recall.measure(desk.captures[prepared], desk.parts)}
+
+    def scores(self, records: scores.Records, dense: scores.Records | None) -> list[scores.Row]:
+        return scores.recall(records, dense)
 
 
 _MAKERS: dict[str, Callable[[Draw], Puzzle]] = {
@@ -119,6 +174,7 @@ TASKS: dict[str, Task] = {
     "agreement": Reading(scores.agreement),
     "perplexity": Reading(scores.perplexity),
     "context_gain": Reading(scores.context_gain),
+    "recall": Recall(),
     **{name: Retrieval(name, make) for name, make in _MAKERS.items()},
 }
 
