@@ -100,6 +100,9 @@ class Axes:
     def text_x(self, place: float) -> str:
         return f"{place:,}"
 
+    def text_y(self, place: float) -> str:
+        return f"{place:g} s"
+
     def at(self, length: float, seconds: float) -> tuple[float, float]:
         """Pixels of a point."""
         x = LEFT + (math.log(length) - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
@@ -112,7 +115,7 @@ class Axes:
         for seconds in self._ticks():
             y = self.at(1, seconds)[1]
             parts.append(f'<path d="M{LEFT} {y}H{right}" stroke="#ddd"/>')
-            parts.append(_text(LEFT - 6, y + 4, f"{seconds:g} s", 12, "end"))
+            parts.append(_text(LEFT - 6, y + 4, self.text_y(seconds), 12, "end"))
         for length in self.lengths:
             x = self.at(length, 1)[0]
             parts.append(f'<path d="M{x} {bottom}v5" stroke="#333"/>')

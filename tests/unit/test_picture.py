@@ -13,6 +13,7 @@ from firstlight.cli import docs
 sys.path.insert(0, str(docs.checkout() / "benchmarks"))
 import frontier
 import picture as drawing
+import quality
 
 MACHINE = {"cpu": "A & B", "isa": "avx2", "threads": 2, "commit": None}
 
@@ -75,3 +76,23 @@ def test_the_frontier_joins_whom_nobody_beats() -> None:
     said = [e.text or "" for e in root.iter() if e.tag.endswith("text")]
     assert "2.00 s, 500 ms, urgent +30 ms (p95)" in said and "1  a" in said and not [s for s in said if "gone" in s]
     assert "8,000 tokens arrive beside 4 streams: m" in " ".join(said)
+
+
+def judged(name: str, ttft: float | None, score: float | None, task: str = "niah_single_2") -> dict[str, Any]:
+    around = {"low": score and score - 0.1, "high": score and score + 0.1, "density": 0.3, "samples": 10}
+    return {"task": task, "at": "last", "length": 4096, "name": name, "ttft_s": ttft, "score": score, **around}
+
+
+def test_quality_over_time_joins_whom_nobody_beats() -> None:
+    rows = [judged("dense", 4.0, 1.0), judged("quick & good", 2.0, 0.9), judged("quick", 1.9, 0.4)]
+    rows += [judged("slow", 5.0, 0.9), judged("n/a", 1.0, None), judged("untimed", None, 0.9, "recall")]
+    (cell,) = quality.cells(rows).values()
+    assert quality.front(cell) == [True, True, True, False] and len(cell) == 4
+    root = ElementTree.fromstring(quality.quality("models/m.gguf", MACHINE, cell))
+    (line,) = [e for e in root.iter() if e.tag.endswith("polyline")]
+    places = [tuple(map(float, point.split(","))) for point in (line.get("points") or "").split()]
+    assert places == sorted(places) and [y for _, y in places] == sorted((y for _, y in places), reverse=True)
+    assert all(drawing.TOP <= y <= drawing.HEIGHT - drawing.BOTTOM for _, y in places)
+    said = [e.text or "" for e in root.iter() if e.tag.endswith("text")]
+    assert "2  quick & good" in said and "0.9 [0.8, 1], 2.00 s, density 0.30" in said
+    assert quality.front([judged("a", 1.0, 9.0, "perplexity"), judged("b", 1.0, 8.0, "perplexity")]) == [False, True]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firstlight.evaluate import distance
-from firstlight.evaluate.intervals import resampled, wilson
-from firstlight.evaluate.scores import agreement, difference, perplexity, retrieval
+from firstlight.evaluate.intervals import resampled, sign_test, wilson
+from firstlight.evaluate.scores import agreement, context_gain, difference, perplexity, retrieval, together
 
 seeds = st.integers(0, 10**6)
 
@@ -148,7 +148,7 @@ def test_no_gain_where_the_context_gives_nothing() -> None:
 
 
 def answers(right: str) -> list[dict]:
-    return [{"last": mark == "+", "second": True} for mark in right]
+    return [{"depth": i / len(right), "last": mark == "+", "second": True} for i, mark in enumerate(right)]
 
 
 def test_retrieval_is_paired_with_dense_and_says_na_where_dense_fails() -> None:
@@ -161,6 +161,59 @@ def test_retrieval_is_paired_with_dense_and_says_na_where_dense_fails() -> None:
     row = retrieval(answers("++++++++++"), answers("++++++++--"))[0]
     assert row["score"] is None and row["low"] is None and row["note"] == "n/a: dense finds 8 of 10"
     assert retrieval(answers("++--"), None)[0]["score"] == 0.5
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_the_sign_test_is_the_binomial_one(won: int, lost: int) -> None:
+    p = sign_test(won, lost)
+    flips = np.random.default_rng(0).binomial(won + lost, 0.5, 20000)
+    as_uneven = np.minimum(flips, won + lost - flips) <= min(won, lost)
+    assert p == sign_test(lost, won) and p == pytest.approx(as_uneven.mean(), abs=0.02)
+    assert sign_test(0, 0) == 1 and sign_test(0, 6) == pytest.approx(2 / 64)
+
+
+def test_wins_and_losses_of_all_retrieval_add_up_without_what_dense_cannot_do() -> None:
+    dense = answers("+" * 10)
+    kept = [row | {"name": "m", "length": 9} for row in retrieval(answers("-+++++++++"), dense)]
+    failed = retrieval(answers("-" * 10), answers("+" * 8 + "--"))[:1]
+    base = [row | {"name": "dense", "length": 9} for row in retrieval(dense, None)]
+    (line,) = together([*kept, *(row | {"name": "m", "length": 9} for row in failed), *base])
+    assert (line["samples"], line["won"], line["lost"], line["net"], line["equal"]) == (20, 0, 1, -1, 19)
+    assert line["p"] == 1.0 and line["rows"] == 2
+    useless = retrieval(answers("-" * 10), dense)[0]
+    assert useless["score"] == 0 and useless["against_dense"]["net"] == -10 and useless["against_dense"]["p"] < 0.01
+
+
+def test_depths_are_fifths_of_the_text() -> None:
+    last, second = retrieval(answers("++--++++-+"), None)
+    assert [part["score"] for part in last["depths"]] == [1.0, 0.0, 1.0, 1.0, 0.5]
+    assert [part["samples"] for part in last["depths"]] == [2] * 5 and second["depths"] is None
+    scattered = [record | {"depth": None} for record in answers("++")]
+    assert retrieval(scattered, None)[0]["depths"] is None
+
+
+def test_answers_may_be_right_in_part_and_placements_have_rows_of_their_own() -> None:
+    records = [
+        {"depth": None, "last": 0.25, "second": 1.0},
+        {"depth": None, "first": 0.5},
+        {"depth": None, "tail": 1.0},
+    ]
+    rows = retrieval(records, None)
+    assert [(row["at"], row["score"], row["samples"]) for row in rows] == [
+        ("last", 0.25, 1),
+        ("first", 0.5, 1),
+        ("tail", 1.0, 1),
+        ("second", 1.0, 1),
+    ]
+
+
+def test_context_gain_is_one_for_dense_none_for_a_window_and_na_where_there_is_none() -> None:
+    exact, window_only = ([reading(book, nll, 2.0, 2.3) for book in "abc"] for nll in (2.0, 2.3))
+    row = context_gain(window_only, exact)[0]
+    assert row["score"] == pytest.approx(0, abs=1e-9) and row["low"] <= 0 <= row["high"]
+    assert row["against_dense"]["difference"] == pytest.approx(-1.0) and row["samples"] == 3 * 4 * 64
+    assert context_gain(exact, None)[0]["score"] == pytest.approx(1.0)
+    assert context_gain([reading("a", 2.0, 2.0, 2.01)], None)[0]["note"].startswith("n/a")
 
 
 def test_a_method_that_leaves_rows_out_is_not_paired() -> None:

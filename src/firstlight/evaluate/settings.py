@@ -39,7 +39,7 @@ def name_of(options: Options) -> str:
 
 def setting_of(options: Options, text: str) -> Options:
     """The setting of a text, all else as in `options`. Raises UserError on what it can't be."""
-    words = [word.strip() for word in text.split(AND.strip())]
+    words = [word.strip() for word in text.split(AND)]
     precisions = [word for word in words if word in PRECISIONS]
     methods = [Method.parse(word) for word in words if word not in (*PRECISIONS, DENSE)]
     if len(precisions) > 1 or not all(words):
