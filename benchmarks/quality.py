@@ -4,8 +4,8 @@
     python benchmarks/quality.py eval.json benchmarks/results
 
 One SVG for each task, place and length in the file: a point for each setting, its interval as a line, dense's score
-dashed. A line joins the front: the settings that no other one beats in both. What dense itself can't do isn't drawn, and
-neither are figures that no request was timed for.
+dashed. A line joins the front: the settings that no other one beats in both. What dense itself can't do isn't drawn,
+and neither are figures that no request was timed for.
 """
 
 from __future__ import annotations

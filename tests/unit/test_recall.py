@@ -22,7 +22,7 @@ def captured(n: int = N, cap: float | None = None) -> Captured:
     """One layer of random numbers, in which token 0 is a sink."""
     g = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(h, n, DIM, generator=g) for h in (HEADS, KV_HEADS, KV_HEADS))
-    k[:, 0] += 2 * q.mean((0, 1))
+    q, k[:, 0] = q + 0.7, 1.0
     tok = torch.arange(n)
     ctx = PlanContext(3, q.transpose(0, 1), tok, tok, KV_HEADS, n, True, lambda: k, {}, scale=0.7)
     return Captured({3: ctx}, {3: (k, v)}, cap, HEADS)

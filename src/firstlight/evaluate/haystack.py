@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, TypeVar
 
 from firstlight.evaluate.books import text_of
@@ -31,15 +33,16 @@ class Growing(Protocol):
 
 @dataclass(frozen=True)
 class Haystack:
-    """Sentences round and round, each with the white space before it, and facts between them, each at its depth."""
+    """Sentences round and round, each with the white space before it; facts between them, each at its share of letters."""
 
     sentences: Sequence[str]
     facts: Sequence[tuple[float, str]]
 
     def text(self, count: int) -> str:
         hay = [self.sentences[i % len(self.sentences)] for i in range(count)]
+        ends = list(accumulate(map(len, hay), initial=0))
         for depth, fact in sorted(self.facts, reverse=True):
-            hay.insert(round(depth * count), fact)
+            hay.insert(bisect(ends, depth * ends[-1]) - 1, fact)
         return "".join(hay).strip()
 
 
