@@ -33,7 +33,7 @@ class Growing(Protocol):
 
 @dataclass(frozen=True)
 class Haystack:
-    """Sentences round and round, each with the white space before it; facts between them, each at its share of letters."""
+    """Sentences round and round, each with the white space before it; facts between them, at shares of the letters."""
 
     sentences: Sequence[str]
     facts: Sequence[tuple[float, str]]
