@@ -52,7 +52,7 @@ class Plane(Axes):
 
     def _ticks(self) -> list[float]:
         step = 10.0 ** math.floor(math.log10(self.high - self.low))
-        step = next(step * part for part in (0.1, 0.2, 0.5, 1.0) if (self.high - self.low) / (step * part) <= 8)
+        step = next(step * part for part in (0.2, 0.5, 1.0, 2.0) if (self.high - self.low) / (step * part) <= 8)
         first, last = math.ceil(self.low / step), math.floor(self.high / step)
         return [round(number * step, 10) for number in range(first, last + 1)]
 

@@ -157,7 +157,6 @@ class _Sums:
     """Running sums over rows, f64 [Hq] each."""
 
     num_heads: int
-    rows: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, heads: slice, **terms: Tensor) -> None:
