@@ -286,7 +286,7 @@ def test_mistakes_get_one_line_before_anything_is_run(
 
 
 def test_settings_and_their_controls_stand_side_by_side(model: str, tmp_path: Path) -> None:
-    given = Options(method=("band:window=64",), threads=1)
+    given = Options(method=("band:sink=0,window=128",), threads=1)
     others = [settings.setting_of(given, text) for text in ("band:window=100000", "band:sink=0,window=1")]
     asked, out = Grid(["recall", "agreement", "niah_single_1"], [1024], 1), tmp_path / "results.jsonl"
     found = evaluate(model, given, asked, against=others, with_controls=True, out=out)["rows"]
@@ -294,11 +294,10 @@ def test_settings_and_their_controls_stand_side_by_side(model: str, tmp_path: Pa
     recall, agreement, needles = by_task.values()
     assert recall["band:window=100000"]["score"] == pytest.approx(1.0) and recall["dense"]["error"] < 1e-5
     assert recall["band:sink=0,window=1"]["score"] < 0.1 < 0.5 < recall["band:sink=0,window=1"]["error"]
-    band = recall["band:window=64"]
-    assert band["density"] == pytest.approx(agreement["band:window=64"]["density"], abs=1e-3)
+    band, name = recall["band:sink=0,window=128"], "band:sink=0,window=128"
+    assert band["density"] == pytest.approx(agreement[name]["density"], abs=1e-3)
     assert len(band["layers"]) == 2 and len(band["layers"][0]["heads"]) == 4 and band["ttft_s"] is None
-    control = {name: row for name, row in recall.items() if name.startswith("band:sink=64")}
-    assert any(row["density"] == pytest.approx(band["density"], abs=0.03) for row in control.values())
+    assert recall["band:sink=64,window=64"]["density"] == pytest.approx(band["density"], abs=0.03)
     words = {name.partition(":")[0] for name in needles}
     assert {"dense + f32", "truncate", "bm25"} <= words and "truncate" not in {n.partition(":")[0] for n in agreement}
     assert evaluate(model, given, asked, against=others, with_controls=True, out=out)["rows"] == found

@@ -27,7 +27,7 @@ from firstlight.evaluate.records import Record, Records
 from firstlight.evaluate.reference import References
 from firstlight.evaluate.retrieval import PLACEMENTS
 from firstlight.evaluate.scores import together
-from firstlight.evaluate.settings import controls, dense_of, is_edited, name_of
+from firstlight.evaluate.settings import controls, dense_of, effect_of, is_edited, name_of
 from firstlight.evaluate.tasks import TASKS, Cell, Desk, Passage, Task, tasks_of
 from firstlight.llm import LLM
 from firstlight.models.weights.checkpoint import open_checkpoint
@@ -187,8 +187,8 @@ class Session:
                     found[name_of(control)] = control
         if not torch.cpu._is_vnni_supported():
             found = {name: control for name, control in found.items() if control.precision != "int8"}
-        known = {name_of(subject.options) for subject in subjects}
-        return [self.subject(control) for name, control in found.items() if name not in known]
+        known = {effect_of(subject.options) for subject in subjects}
+        return [self.subject(control) for control in found.values() if effect_of(control) not in known]
 
 
 def evaluate(

@@ -48,6 +48,11 @@ def setting_of(options: Options, text: str) -> Options:
     return replace(options, method=methods, precision=(precisions or ["bf16"])[0])
 
 
+def effect_of(options: Options) -> tuple[Any, ...]:
+    """What a setting does: equal for two that say the same in other words."""
+    return options.precision, *((part.method, part.seam, part.config) for part in make_parts(options.methods))
+
+
 def is_edited(options: Options) -> bool:
     """Whether a method takes tokens out of prompts."""
     return any(part.seam == "prompt" for part in make_parts(options.methods))
