@@ -30,7 +30,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 NAMES = sorted(name for name, task in TASKS.items() if isinstance(task, Retrieval))
-REPORT = {"attention": {"density": 1.0}, "methods": [], "cells": {"computed": 1, "total": 1}}
+REPORT = {"attention": {"density": 1.0}, "methods": [], "cells": {"computed": 1, "total": 1}, "prompt_tokens": 9}
 
 
 @pytest.fixture(scope="module")

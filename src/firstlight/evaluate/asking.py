@@ -29,9 +29,9 @@ class Asked:
 
     def facts(self) -> dict[str, Any]:
         """What every record holds of a run."""
-        density, cells = self.report["attention"]["density"], self.report["cells"]
-        computed = cells["computed"] / cells["total"]
-        return {"ttft_s": self.ttft_s, "density": density, "computed": computed, "methods": self.report["methods"]}
+        told, cells = self.report, self.report["cells"]
+        size = {"prompt_tokens": told["prompt_tokens"], "computed": cells["computed"] / cells["total"]}
+        return {"ttft_s": self.ttft_s, "density": told["attention"]["density"], **size, "methods": told["methods"]}
 
 
 def ask(

@@ -182,8 +182,8 @@ class Session:
         for subject in subjects:
             records = subject.records(cell for cell in self.work if cell.length == length)
             if records and subject.options.method:
-                density, computed = (statistics.fmean(r[key] for r in records) for key in ("density", "computed"))
-                for control in controls(subject.options, density, computed, length, self.checkpoint.config):
+                took = [statistics.fmean(r[key] for r in records) for key in ("density", "computed", "prompt_tokens")]
+                for control in controls(subject.options, took[0], took[1], round(took[2]), self.checkpoint.config):
                     found[name_of(control)] = control
         if not torch.cpu._is_vnni_supported():
             found = {name: control for name, control in found.items() if control.precision != "int8"}

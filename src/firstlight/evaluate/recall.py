@@ -137,8 +137,9 @@ def measure(captured: Captured, parts: Sequence[Part]) -> dict[str, Any]:
             made.append((lo, hi, planner.plan(captured.context(layer, lo, hi, state)) if planner else None))
     planner_s = time.perf_counter() - began
     layers = [{"layer": layer, **of_layer(captured, layer, made)} for layer, made in plans.items()]
-    facts: dict[str, Any] = {"planner_s": planner_s, "ttft_s": None, "computed": 1.0, "methods": []}
-    return {"layers": layers, **facts, **_means(layers)}
+    facts: dict[str, Any] = {"planner_s": planner_s, "ttft_s": None, "methods": []}
+    size = {"prompt_tokens": captured.num_rows, "computed": 1.0}
+    return {"layers": layers, **facts, **size, **_means(layers)}
 
 
 def of_layer(captured: Captured, layer: int, plans: Sequence[Passed]) -> dict[str, Any]:
