@@ -18,7 +18,7 @@ from firstlight.cli.options import with_flags
 from firstlight.cli.progress import Bars
 from firstlight.core.config import Options
 
-_BESIDE = {"agreement": "KL", "perplexity": "gain kept", "context_gain": "perplexity", "recall": "error"}
+_BESIDE = {"agreement": "KL", "perplexity": "gain kept", "context_gain": "PPL", "recall": "error"}
 """What a table shows beside a task's score."""
 
 

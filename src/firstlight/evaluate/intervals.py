@@ -29,7 +29,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     share, z2 = successes / n, _Z**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return round(max(centre - half, 0.0), 12), round(min(centre + half, 1.0), 12)
 
 
 def sign_test(won: int, lost: int) -> float:

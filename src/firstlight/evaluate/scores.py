@@ -175,7 +175,7 @@ def _gain_kept(at: str, records: Records, dense: Records | None) -> Row:
     kept = _judged_windows(at, records)
     score = {"score": row["gain_kept"], "low": row["gain_low"], "high": row["gain_high"], "perplexity": row["score"]}
     less = None if dense is None else difference(kept, _judged_windows(at, dense), _gain)
-    note = {} if row["gain_texts"] else {"note": "n/a: no text is harder without its context"}
+    note = {} if row["gain_texts"] else {"note": "n/a: no gain to keep"}
     counts = {"samples": int(kept[:, _ROWS].sum()), "clusters": len(kept)}
     return row | score | counts | {"against_dense": less} | note
 
