@@ -1,0 +1,229 @@
+// One tile of attention: its rows against a split of the view, and the splits joined.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "seen.h"
+#include "tile.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+namespace {
+
+constexpr int SPLIT = SPLIT_BLOCKS * BLOCK;
+constexpr float LOWEST = -1e30f;  // stands for -inf where a difference is taken
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+
+// --- products -------------------------------------------------------------------------------------------------------
+
+// c[R rows, N vectors] = sum over `count` parts of a[R, groups] b[groups, ..]: parts lie `a_part` scalars apart in a.
+template <class T, int R, int N>
+inline void micro(const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part, const typename T::scalar* const* b,
+                  ptrdiff_t ldb, ptrdiff_t b_offset, int count, int groups, float* c, ptrdiff_t ldc) {
+    Sums<T, R, N> sums{};
+    for (int part = 0; part < count; ++part) sums.add(a + part * a_part, lda, b[part] + b_offset, ldb, groups);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, sums.at[i][j]);
+}
+
+// c[rows, columns] = sum over parts of a b. `b` points to `count` matrices [groups, columns] of PAIR scalars each.
+template <class T>
+void product(int rows, int columns, const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
+             const typename T::scalar* const* b, int count, int groups, float* c, ptrdiff_t ldc) {
+    const ptrdiff_t ldb = (ptrdiff_t)columns * T::PAIR;
+    const auto vectors = [&](auto n_vectors, int n) {
+        constexpr int N = n_vectors;
+        for (int r = 0; r < rows; r += MR)
+            with_rows(std::min(MR, rows - r), [&](auto R) {
+                micro<T, R, N>(a + r * lda, lda, a_part, b, ldb, n * T::PAIR, count, groups, c + r * ldc + n, ldc);
+            });
+    };
+    int n = 0;
+    for (; n + NV * W <= columns; n += NV * W) vectors(std::integral_constant<int, NV>{}, n);
+    for (; n < columns; n += W) vectors(std::integral_constant<int, 1>{}, n);
+}
+
+// --- one tile -------------------------------------------------------------------------------------------------------
+
+// A thread's memory: the tile's rows, and one split's scores. Kept from call to call.
+template <class T>
+struct Scratch {
+    using scalar = typename T::scalar;
+    std::vector<scalar> q;
+    std::vector<float> score, part, out, top, total;
+    std::vector<uint64_t> mask;
+    void reserve(int rows, int dim) {
+        const size_t n = (size_t)rows;
+        if (q.size() < n * dim) q.resize(n * dim), part.resize(n * dim), out.resize(n * dim);
+        if (top.size() < n) score.resize(n * SPLIT), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS);
+    }
+};
+
+template <class T>
+class TileWork {
+  public:
+    using scalar = typename T::scalar;
+    TileWork(const AttnArgs& call, const Tile& tile, Scratch<T>& s)
+        : call_(call), tile_(tile), seen_(call, tile), s_(s), dim_((int)call.head_dim), rows_(tile.rows()),
+          groups_(dim_ / T::PAIR), block_size_((ptrdiff_t)BLOCK * dim_), log2_scale_(call.scale * LOG2E) {
+        s.reserve(rows_, dim_);
+        for (int i = 0; i < rows_; ++i) {
+            const int row = tile.lo + i / tile.group, head = tile.head + i % tile.group;
+            std::memcpy(&s.q[(size_t)i * dim_], (const scalar*)call.q + row * call.q_row + head * call.q_head, dim_ * sizeof(scalar));
+        }
+    }
+    int num_splits() const { return (seen_.num_blocks() + SPLIT_BLOCKS - 1) / SPLIT_BLOCKS; }
+
+    // Scores of split n for the blocks that are seen at all, -inf where a row does not see; how many blocks.
+    int scores(int n) {
+        const int end = std::min((n + 1) * SPLIT_BLOCKS, seen_.num_blocks());
+        const int tokens = tile_.hi - tile_.lo;
+        int active = 0;
+        for (int b = n * SPLIT_BLOCKS; b < end; ++b) {
+            uint64_t* mask = &s_.mask[(size_t)active * tokens];
+            const Seen::Sum sum = seen_.rows(b, mask);
+            if (!sum.any) continue;
+            number_[active] = b;
+            full_[active] = sum.every == ~0ull;
+            const ptrdiff_t at = seen_.block(b) * block_size_;
+            keys_[active] = (const scalar*)call_.k + at, values_[active] = (const scalar*)call_.v + at;
+            ++active;
+        }
+        for (int j = 0; j < active; ++j) {
+            product<T>(rows_, BLOCK, s_.q.data(), dim_, 0, &keys_[j], 1, groups_, &s_.score[j * BLOCK], SPLIT);
+            if (call_.cap > 0) cap(j * BLOCK);
+            if (full_[j]) {
+                visible_ += (int64_t)rows_ * BLOCK;
+                continue;
+            }
+            for (int i = 0; i < rows_; ++i) {
+                const uint64_t m = s_.mask[(size_t)j * tokens + i / tile_.group];
+                visible_ += __builtin_popcountll(m);
+                float* score = &s_.score[(size_t)i * SPLIT + j * BLOCK];
+                for (int e = 0; e < BLOCK; ++e) score[e] = m >> e & 1 ? score[e] : -INFINITY;
+            }
+        }
+        return active;
+    }
+
+    // Soft cap on a block's scores, which `scale` has not multiplied yet.
+    void cap(int at) {
+        const vf zero = {}, one = all(1.0f), limit = all(call_.cap / call_.scale);
+        const vf steep = all(2 * LOG2E * call_.scale / call_.cap);
+        for (int i = 0; i < rows_; ++i) {
+            float* score = &s_.score[(size_t)i * SPLIT + at];
+            for (int e = 0; e < BLOCK; e += W) {
+                const vf x = load(score + e), size = max(x, -x);
+                const vf small = exp2<5>(-(size * steep)), tanh = (one - small) / (one + small) * limit;
+                store(score + e, x < zero ? -tanh : tanh);
+            }
+        }
+    }
+
+    // Softmax of split n and its product with V: part [rows, D], top and total [rows]; false if nobody sees anything.
+    bool reduce(int n, float* part, float* top, float* total) {
+        const int active = scores(n);
+        if (!active) return false;
+        const int vectors = active * BLOCK / W;
+        for (int i = 0; i < rows_; ++i) {
+            float* score = &s_.score[(size_t)i * SPLIT];
+            vf highest = load(score);
+            for (int j = 1; j < vectors; ++j) highest = max(highest, load(score + j * W));
+            top[i] = std::max(highest_fast(highest), LOWEST);
+            top[i] *= log2_scale_;
+            const vf shift = all(-top[i]), scale = all(log2_scale_);
+            vf mass = {};
+            scalar* weight = (scalar*)score;  // in place: never ahead of what is read
+            for (int j = 0; j < vectors; ++j) {
+                const vf p = exp2<T::TERMS>(fma(load(score + j * W), scale, shift));
+                mass += p;
+                T::narrow(weight + j * W, p);
+            }
+            total[i] = sum(mass);
+        }
+        const ptrdiff_t stride = SPLIT * (ptrdiff_t)(sizeof(float) / sizeof(scalar));
+        product<T>(rows_, dim_, (const scalar*)s_.score.data(), stride, BLOCK, values_, active, BLOCK / T::PAIR, part, dim_);
+        return true;
+    }
+
+    // Join a split onto what the splits before it gave.
+    void join(const float* part, const float* top, const float* total) {
+        for (int i = 0; i < rows_; ++i) {
+            const float high = std::max(s_.top[i], top[i]);
+            const float a = exp2_one(s_.top[i] - high), b = exp2_one(top[i] - high);
+            s_.top[i] = high;
+            s_.total[i] = s_.total[i] * a + total[i] * b;
+            float* out = &s_.out[(size_t)i * dim_];
+            const float* add = part + (size_t)i * dim_;
+            for (int d = 0; d < dim_; d += W) store(out + d, fma(load(out + d), all(a), load(add + d) * b));
+        }
+    }
+
+    void begin() {
+        std::fill_n(s_.top.begin(), rows_, LOWEST);
+        std::fill_n(s_.total.begin(), rows_, 0.0f);
+        std::fill_n(s_.out.begin(), (size_t)rows_ * dim_, 0.0f);
+    }
+
+    // Divide, and write out and log-sum-exp; `lse2` [N, Hq] gets it in base 2 for probe sums, if given.
+    void finish(float* lse2) {
+        for (int i = 0; i < rows_; ++i) {
+            const int row = tile_.lo + i / tile_.group, head = tile_.head + i % tile_.group;
+            const bool empty = s_.total[i] == 0;
+            const vf share = all(empty ? 0.0f : 1 / s_.total[i]);
+            scalar* out = (scalar*)call_.out + row * call_.out_row + head * call_.out_head;
+            for (int d = 0; d < dim_; d += W) T::narrow(out + d, load(&s_.out[(size_t)i * dim_ + d]) * share);
+            const float lse = empty ? -INFINITY : s_.top[i] + std::log2(s_.total[i]);
+            if (call_.lse) call_.lse[row * call_.num_heads + head] = lse * LN2;
+            if (lse2) lse2[row * call_.num_heads + head] = lse;
+        }
+    }
+
+    void whole(float* lse2) {
+        begin();
+        std::vector<float>& top = tops_;
+        top.resize(2 * (size_t)rows_);
+        for (int n = 0; n < num_splits(); ++n)
+            if (reduce(n, s_.part.data(), top.data(), top.data() + rows_)) join(s_.part.data(), top.data(), top.data() + rows_);
+        finish(lse2);
+    }
+
+    // Add the softmax mass of rows from ordinal `first` on onto sums[entry], row by row, for split n.
+    void probe(int n, int64_t first, const float* lse2, float* sums, int64_t length) {
+        const int active = scores(n);
+        for (int i = 0; i < rows_; ++i) {
+            const int row = tile_.lo + i / tile_.group, head = tile_.head + i % tile_.group;
+            const float lse = lse2[row * call_.num_heads + head];
+            if (call_.tok[row] < first || lse == -INFINITY) continue;
+            for (int j = 0; j < active; ++j) add(&s_.score[(size_t)i * SPLIT + j * BLOCK], lse, sums, number_[j], length);
+        }
+    }
+
+    int64_t visible() const { return visible_; }
+
+  private:
+    void add(const float* score, float lse, float* sums, int block, int64_t length) {
+        float mass[BLOCK];
+        for (int e = 0; e < BLOCK; e += W) store(mass + e, exp2<5>(fma(load(score + e), all(log2_scale_), all(-lse))));
+        const int64_t base = (int64_t)block * BLOCK, n = std::min<int64_t>(BLOCK, length - base);
+        for (int64_t e = 0; e < n; ++e) sums[base + e] += mass[e];
+    }
+
+    const AttnArgs& call_;
+    const Tile& tile_;
+    Seen seen_;
+    Scratch<T>& s_;
+    const int dim_, rows_, groups_;
+    const ptrdiff_t block_size_;
+    const float log2_scale_;
+    const scalar *keys_[SPLIT_BLOCKS], *values_[SPLIT_BLOCKS];
+    int number_[SPLIT_BLOCKS];
+    bool full_[SPLIT_BLOCKS];
+    std::vector<float> tops_;
+    int64_t visible_ = 0;
+};
+
+}  // namespace
+}  // namespace firstlight::FIRSTLIGHT_VARIANT
