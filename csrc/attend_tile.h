@@ -47,13 +47,68 @@ void product(int rows, int columns, const typename T::scalar* a, ptrdiff_t lda, 
 
 // --- one tile -------------------------------------------------------------------------------------------------------
 
-// A thread's memory: the tile's rows, and one split's scores. Kept from call to call.
+// Columns of one walk as blocks of their own, copied when they are first asked for.
+template <class T>
+class Gathered {
+  public:
+    using scalar = typename T::scalar;
+    void begin(const Walk& walk) { done_.assign((walk.columns.size() + BLOCK - 1) / BLOCK, false); }
+
+    // Block n of the columns: K, then V.
+    const scalar* block(const AttnArgs& call, const Tile& tile, const Walk& walk, int n) {
+        const size_t each = 2 * BLOCK * (size_t)call.head_dim;
+        if (store_.size() < done_.size() * each) store_.resize(done_.size() * each);
+        scalar* to = &store_[n * each];
+        if (!done_[n]) copy(call, tile, &walk.columns[(size_t)n * BLOCK], std::min(BLOCK, (int)walk.columns.size() - n * BLOCK), (uint32_t*)to);
+        done_[n] = true;
+        return to;
+    }
+
+  private:
+    // A word is what a dot-product step takes: PAIR scalars, of one entry in K, of as many entries in V.
+    static void copy(const AttnArgs& call, const Tile& tile, const int32_t* columns, int count, uint32_t* to) {
+        constexpr int P = T::PAIR, BITS = 32 / P;
+        const ptrdiff_t groups = call.head_dim / P, words = BLOCK * groups;
+        const View& view = view_of(call, tile);
+        const uint32_t *k[BLOCK], *v[BLOCK];
+        int shift[BLOCK];
+        for (int j = 0; j < BLOCK; ++j) {
+            const int32_t c = columns[j < count ? j : 0];
+            const int place = c % BLOCK;
+            const ptrdiff_t at = view.table[tile.kv * view.table_stride + c / BLOCK] * words;
+            k[j] = (const uint32_t*)call.k + at + place, v[j] = (const uint32_t*)call.v + at + place / P * call.head_dim;
+            shift[j] = place % P * BITS;
+        }
+        for (ptrdiff_t g = 0; g < groups; ++g)
+            for (int j = 0; j < BLOCK; ++j) to[g * BLOCK + j] = k[j][g * BLOCK];
+        constexpr uint32_t ONE = (uint32_t)((1ull << BITS) - 1);
+        for (int j = 0; j < BLOCK; j += P) {
+            uint32_t* out = to + words + j / P * call.head_dim;
+            for (ptrdiff_t d = 0; d < call.head_dim; ++d) {
+                uint32_t word = 0;
+                for (int p = 0; p < P; ++p) word |= (v[j + p][d] >> shift[j + p] & ONE) << p * BITS;
+                out[d] = word;
+            }
+        }
+    }
+
+    std::vector<scalar> store_;
+    std::vector<bool> done_;
+};
+
+// A thread's memory: what its list reads, the tile's rows, and one split's scores. Kept from call to call.
 template <class T>
 struct Scratch {
     using scalar = typename T::scalar;
+    Walk walk;
+    Gathered<T> gathered;
     std::vector<scalar> q;
     std::vector<float> score, part, out, top, total;
     std::vector<uint64_t> mask;
+    void begin(const AttnArgs& call, const Tile& tile, bool by_number = false) {
+        walk.begin(call, tile, by_number);
+        gathered.begin(walk);
+    }
     void reserve(int rows, int dim) {
         const size_t n = (size_t)rows;
         if (q.size() < n * dim) q.resize(n * dim), part.resize(n * dim), out.resize(n * dim);
@@ -65,32 +120,47 @@ template <class T>
 class TileWork {
   public:
     using scalar = typename T::scalar;
+    // `s.walk` is that of the tile's list.
     TileWork(const AttnArgs& call, const Tile& tile, Scratch<T>& s)
-        : call_(call), tile_(tile), seen_(call, tile), s_(s), dim_((int)call.head_dim), rows_(tile.rows()),
-          groups_(dim_ / T::PAIR), block_size_((ptrdiff_t)BLOCK * dim_), log2_scale_(call.scale * LOG2E) {
+        : call_(call), tile_(tile), seen_(call, tile, s.walk), s_(s), dim_((int)call.head_dim), rows_(tile.rows()),
+          groups_(dim_ / T::PAIR), in_place_(seen_.num_blocks()), block_size_((ptrdiff_t)BLOCK * dim_),
+          log2_scale_(call.scale * LOG2E) {
         s.reserve(rows_, dim_);
         for (int i = 0; i < rows_; ++i) {
             const int row = tile.lo + i / tile.group, head = tile.head + i % tile.group;
             std::memcpy(&s.q[(size_t)i * dim_], (const scalar*)call.q + row * call.q_row + head * call.q_head, dim_ * sizeof(scalar));
         }
     }
-    int num_splits() const { return (seen_.num_blocks() + SPLIT_BLOCKS - 1) / SPLIT_BLOCKS; }
+    // Blocks that lie in the view come in splits of their own, before those that were gathered.
+    int num_splits() const { return splits_in_place() + splits_of((int)(s_.walk.columns.size() + BLOCK - 1) / BLOCK); }
 
-    // Scores of split n for the blocks that are seen at all, -inf where a row does not see; how many blocks.
-    int scores(int n) {
-        const int end = std::min((n + 1) * SPLIT_BLOCKS, seen_.num_blocks());
-        const int tokens = tile_.hi - tile_.lo;
+    // Which blocks of split n are seen at all: K, V, masks; how many.
+    int find(int n) {
+        const int first = splits_in_place(), tokens = tile_.hi - tile_.lo;
+        const int begin = (n < first ? n : n - first) * SPLIT_BLOCKS, columns = (int)s_.walk.columns.size();
+        const int end = std::min(begin + SPLIT_BLOCKS, n < first ? in_place_ : (columns + BLOCK - 1) / BLOCK);
         int active = 0;
-        for (int b = n * SPLIT_BLOCKS; b < end; ++b) {
+        for (int i = begin; i < end; ++i) {
             uint64_t* mask = &s_.mask[(size_t)active * tokens];
-            const Seen::Sum sum = seen_.rows(b, mask);
+            const int b = n < first ? seen_.nth(i) : i;
+            const Seen::Sum sum = n < first ? seen_.rows(b, mask) : seen_.columns(&s_.walk.columns[(size_t)i * BLOCK], std::min(BLOCK, columns - i * BLOCK), mask);
             if (!sum.any) continue;
             number_[active] = b;
             full_[active] = sum.every == ~0ull;
-            const ptrdiff_t at = seen_.block(b) * block_size_;
-            keys_[active] = (const scalar*)call_.k + at, values_[active] = (const scalar*)call_.v + at;
+            if (n < first) {
+                const ptrdiff_t at = seen_.block(b) * block_size_;
+                keys_[active] = (const scalar*)call_.k + at, values_[active] = (const scalar*)call_.v + at;
+            } else {
+                keys_[active] = s_.gathered.block(call_, tile_, s_.walk, i), values_[active] = keys_[active] + block_size_;
+            }
             ++active;
         }
+        return active;
+    }
+
+    // Scores of split n for the blocks that are seen at all, -inf where a row does not see; how many blocks.
+    int scores(int n) {
+        const int active = find(n), tokens = tile_.hi - tile_.lo;
         for (int j = 0; j < active; ++j) {
             product<T>(rows_, BLOCK, s_.q.data(), dim_, 0, &keys_[j], 1, groups_, &s_.score[j * BLOCK], SPLIT);
             if (call_.cap > 0) cap(j * BLOCK);
@@ -204,6 +274,8 @@ class TileWork {
     int64_t visible() const { return visible_; }
 
   private:
+    static int splits_of(int blocks) { return (blocks + SPLIT_BLOCKS - 1) / SPLIT_BLOCKS; }
+    int splits_in_place() const { return splits_of(in_place_); }
     void add(const float* score, float lse, float* sums, int block, int64_t length) {
         float mass[BLOCK];
         for (int e = 0; e < BLOCK; e += W) store(mass + e, exp2<5>(fma(load(score + e), all(log2_scale_), all(-lse))));
@@ -215,7 +287,7 @@ class TileWork {
     const Tile& tile_;
     Seen seen_;
     Scratch<T>& s_;
-    const int dim_, rows_, groups_;
+    const int dim_, rows_, groups_, in_place_;
     const ptrdiff_t block_size_;
     const float log2_scale_;
     const scalar *keys_[SPLIT_BLOCKS], *values_[SPLIT_BLOCKS];

@@ -19,6 +19,16 @@ namespace {
 
 constexpr int ROWS = 48;          // rows of a tile, at most, if a token's heads allow
 
+// Heads [head, end) of rows [lo, hi), which share a list, as tiles of about equal size.
+void cut(std::vector<Tile>& made, int b, int kv, int head, int end, int lo, int hi, int64_t list) {
+    const int group = end - head, most = std::max(1, ROWS / group), parts = (hi - lo + most - 1) / most;
+    for (int i = 0, at = lo; i < parts; ++i) {
+        const int next = lo + (int)((int64_t)(hi - lo) * (i + 1) / parts);
+        made.push_back({b, kv, head, group, at, next, list});
+        at = next;
+    }
+}
+
 // Tiles of rows [r0, r1): they end where a request, a plan's tile or the row count of a tile does.
 std::vector<Tile> tiles(const AttnArgs& call) {
     std::vector<Tile> made;
@@ -26,26 +36,35 @@ std::vector<Tile> tiles(const AttnArgs& call) {
     for (int b = 0; b < call.num_requests; ++b) {
         const int end = (int)std::min(call.row_ptr[b + 1], call.r1);
         for (int lo = (int)std::max(call.row_ptr[b], call.r0), hi; lo < end; lo = hi) {
-            hi = std::min(end, lo + std::max(1, ROWS / group));
-            if (call.plan) {
-                const int64_t next = (call.tok[lo] / call.plan->q_tile + 1) * call.plan->q_tile;
-                hi = (int)(std::lower_bound(call.tok + lo, call.tok + hi, next) - call.tok);
+            if (!call.plan) {
+                hi = std::min(end, lo + std::max(1, ROWS / group));
+                for (int kv = 0; kv < call.num_kv_heads; ++kv) made.push_back({b, kv, kv * group, group, lo, hi, 0});
+                continue;
             }
-            for (int kv = 0; kv < call.num_kv_heads; ++kv) {
-                if (!call.plan) {
-                    made.push_back({b, kv, kv * group, group, lo, hi, 0});
-                    continue;
-                }
-                const PlanLists& plan = *call.plan;
-                const int64_t tile = call.tok[lo] / plan.q_tile - plan.tile_first[b];
-                const int64_t slot = plan.tile_map[plan.tile_base[b] + tile];
-                for (int head = kv * group, next; head < (kv + 1) * group; head = next) {
-                    for (next = head + 1; next < (kv + 1) * group && plan.head_map[next] == plan.head_map[head];) ++next;
-                    made.push_back({b, kv, head, next - head, lo, hi, slot * plan.num_lists + plan.head_map[head]});
-                }
+            const PlanLists& plan = *call.plan;
+            const int64_t tile = call.tok[lo] / plan.q_tile;
+            hi = (int)(std::lower_bound(call.tok + lo, call.tok + end, (tile + 1) * plan.q_tile) - call.tok);
+            const int64_t slot = plan.tile_map[plan.tile_base[b] + tile - plan.tile_first[b]];
+            for (int head = 0, next; head < call.num_heads; head = next) {
+                const int kv = head / group;
+                for (next = head + 1; next < (kv + 1) * group && plan.head_map[next] == plan.head_map[head];) ++next;
+                cut(made, b, kv, head, next, lo, hi, slot * plan.num_lists + plan.head_map[head]);
             }
         }
     }
+    return made;
+}
+
+// Where runs of tiles begin that read the same, and at last the end: one thread takes a run that has columns to gather.
+std::vector<int> runs(const AttnArgs& call, const std::vector<Tile>& work) {
+    std::vector<int> made;
+    for (int i = 0; i < (int)work.size(); ++i) {
+        const Tile &now = work[i], &last = work[i > 0 ? i - 1 : 0];
+        const bool same = call.plan && call.plan->col_ptr && i > 0 && now.b == last.b && now.head == last.head && now.list == last.list &&
+                          call.tok[now.lo] / call.plan->q_tile == call.tok[last.lo] / call.plan->q_tile;
+        if (!same) made.push_back(i);
+    }
+    made.push_back((int)work.size());
     return made;
 }
 
@@ -62,6 +81,7 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
     std::vector<int> first(work.size() + 1), owner;
     std::vector<size_t> rows(1);
     for (size_t t = 0; t < work.size(); ++t) {
+        scratch<T>().begin(call, work[t]);
         const int splits = TileWork<T>(call, work[t], scratch<T>()).num_splits();
         first[t + 1] = first[t] + splits;
         owner.insert(owner.end(), splits, (int)t);
@@ -76,6 +96,7 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
     {
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < owner.size(); ++i) {
+            scratch<T>().begin(call, work[owner[i]]);
             TileWork<T> tile(call, work[owner[i]], scratch<T>());
             any[i] = tile.reduce((int)i - first[owner[i]], part + rows[i] * dim, top + rows[i], total + rows[i]);
             visible += tile.visible();
@@ -95,11 +116,15 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
 template <class T>
 int64_t by_tiles(const AttnArgs& call, const std::vector<Tile>& work, float* lse2) {
     int64_t visible = 0;
+    const std::vector<int> first = runs(call, work);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) reduction(+ : visible)
-    for (size_t i = work.size(); i > 0; --i) {  // the last rows see most: heavy tiles first
-        TileWork<T> tile(call, work[i - 1], scratch<T>());
-        tile.whole(lse2);
-        visible += tile.visible();
+    for (size_t i = first.size() - 1; i > 0; --i) {  // the last rows see most: heavy tiles first
+        scratch<T>().begin(call, work[first[i - 1]]);
+        for (int t = first[i - 1]; t < first[i]; ++t) {
+            TileWork<T> tile(call, work[t], scratch<T>());
+            tile.whole(lse2);
+            visible += tile.visible();
+        }
     }
     return visible;
 }
@@ -138,6 +163,7 @@ void probe(const AttnArgs& call, const std::vector<Tile>& work, const float* lse
         const Job& job = jobs[i];
         float* sums = call.probe_sums[job.b] + job.kv * call.probe_len[job.b];
         for (const Tile& t : in_order(call, work, job.b, job.kv)) {
+            scratch<T>().begin(call, t, true);
             TileWork<T> tile(call, t, scratch<T>());
             if (job.split < tile.num_splits()) tile.probe(job.split, call.probe_first[t.b], lse2, sums, call.probe_len[t.b]);
         }

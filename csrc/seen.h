@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "attention.h"
 #include "vec.h"
@@ -19,32 +20,119 @@ struct Tile {
     int rows() const { return (hi - lo) * group; }
 };
 
+inline const View& view_of(const AttnArgs& call, const Tile& tile) {
+    return *(const View*)(call.views + tile.b * (VIEW_FIELDS + call.num_kv_heads));
+}
+inline int64_t length_of(const AttnArgs& call, const Tile& tile) {
+    const View& view = view_of(call, tile);
+    return std::min((&call.views[tile.b * (VIEW_FIELDS + call.num_kv_heads) + VIEW_FIELDS])[tile.kv], view.num_blocks * BLOCK);
+}
+
+// A stretch of a CSR row.
+struct Span {
+    const int32_t *begin = nullptr, *end = nullptr;
+    Span() = default;
+    Span(const std::vector<int32_t>& v) : begin(v.data()), end(v.data() + v.size()) {}
+    Span(const int32_t* ptr, const int32_t* idx, int64_t row) {
+        if (ptr) begin = idx + ptr[row], end = idx + ptr[row + 1];
+    }
+    bool empty() const { return begin == end; }
+};
+
+// What a plan's tile reads and in which order: blocks of the view that its list, sink or window touch, then the columns
+// of blocks that hold few of them, gathered. It follows from the list and the tile's ordinals, never from the rows that
+// happen to be in the call, so the parts that a row's sums are made of are its own.
+class Walk {
+  public:
+    bool every = true;             // every block of the view; `blocks` isn't filled
+    std::vector<int32_t> blocks;   // ascending
+    std::vector<int32_t> columns;  // ascending; all rows of the tile see them, by a window or as columns
+    Span places;                   // columns that are read where they lie
+
+    // `by_number`: every block by its number and all columns where they lie, which is what probe sums are added up by.
+    void begin(const AttnArgs& call, const Tile& tile, bool by_number) {
+        blocks.clear(), columns.clear(), kept_.clear();
+        every = true, places = {};
+        if (!call.plan || call.plan->band[2 * tile.list + 1] == -1) return;
+        const PlanLists& plan = *call.plan;
+        const View& view = view_of(call, tile);
+        const int64_t length = length_of(call, tile);
+        const Span listed(plan.blk_ptr, plan.blk_idx, tile.list);
+        places = Span(plan.col_ptr, plan.col_idx, tile.list);
+        const int64_t start = call.tok[tile.lo] / plan.q_tile * plan.q_tile, sink = plan.band[2 * tile.list], window = plan.band[2 * tile.list + 1];
+        if (by_number) return;
+        if (!call.model_window && !places.empty()) {
+            const int64_t* tok = view.tok ? view.tok + tile.kv * view.tok_stride : nullptr;
+            const uint8_t* visible = view.visible ? view.visible + tile.kv * view.visible_stride : nullptr;
+            const int64_t before = tok ? std::lower_bound(tok, tok + length, start) - tok : std::min(start, length);
+            part(listed, plan.blk, sink, before / BLOCK * BLOCK, visible);
+            places = kept_;
+        }
+        every = window > 0 && view.tok;  // positions that follow no order: look at every block
+        if (every) return;
+        const int64_t count = (length + BLOCK - 1) / BLOCK;
+        const auto add = [&](int64_t first, int64_t end) {
+            for (int64_t b = std::max(first, blocks.empty() ? 0 : (int64_t)blocks.back() + 1); b < std::min(end, count); ++b) blocks.push_back((int32_t)b);
+        };
+        add(0, (sink + BLOCK - 1) / BLOCK);
+        const int64_t near = window > 0 ? std::max<int64_t>(0, start - window + 1) / BLOCK : count;
+        const int32_t *i = listed.begin, *j = places.begin;
+        for (;;) {  // lists are ascending: take whichever comes first, up to where the window begins
+            const int64_t block = i == listed.end ? count : *i * plan.blk / BLOCK, column = j == places.end ? count : *j / BLOCK;
+            if (std::min(block, column) >= near) break;
+            if (block <= column) add(block, std::min(near, (*i++ * plan.blk + plan.blk + BLOCK - 1) / BLOCK));
+            else add(column, column + 1), ++j;
+        }
+        if (window > 0) add(near, (start + plan.q_tile + BLOCK - 1) / BLOCK);
+    }
+
+  private:
+    static constexpr int MANY = BLOCK / 2;  // columns of a block from which on it is read as a whole
+
+    // Columns before entry `end` that nothing else covers are gathered, unless a block holds many of them.
+    void part(Span listed, int64_t blk, int64_t sink, int64_t end, const uint8_t* visible) {
+        const int32_t* i = listed.begin;
+        for (const int32_t* c = places.begin; c != places.end;) {
+            const int64_t block = *c / BLOCK;
+            const size_t kept = kept_.size();
+            for (; c != places.end && *c / BLOCK == block; ++c) {
+                while (i != listed.end && (*i + 1) * blk <= *c) ++i;
+                const bool covered = *c < sink || (i != listed.end && *i * blk <= *c);
+                if (!covered && (*c >= end || !visible || visible[*c])) kept_.push_back(*c);
+            }
+            if (block * BLOCK >= end || kept_.size() - kept >= (size_t)MANY) continue;
+            columns.insert(columns.end(), kept_.begin() + kept, kept_.end());
+            kept_.resize(kept);
+        }
+    }
+
+    std::vector<int32_t> kept_;
+};
+
 class Seen {
   public:
-    Seen(const AttnArgs& call, const Tile& tile)
-        : call_(call), tile_(tile), view_(*(const View*)(call.views + tile.b * stride(call))) {
-        const int64_t* lengths = call.views + tile.b * stride(call) + VIEW_FIELDS;
-        length_ = std::min(lengths[tile.kv], view_.num_blocks * BLOCK);
+    Seen(const AttnArgs& call, const Tile& tile, const Walk& walk)
+        : call_(call), tile_(tile), walk_(walk), view_(view_of(call, tile)), length_(length_of(call, tile)) {
         if (view_.tok) tok_ = view_.tok + tile.kv * view_.tok_stride, pos_ = view_.pos + tile.kv * view_.tok_stride;
         if (view_.visible) visible_ = view_.visible + tile.kv * view_.visible_stride;
-        const int64_t* rows = call.tok + tile.lo;
-        first_ = rows[0], last_ = rows[tile.hi - tile.lo - 1];
+        first_ = call.tok[tile.lo], last_ = call.tok[tile.hi - 1];
+        far_ = *std::max_element(call.pos + tile.lo, call.pos + tile.hi);
         if (const PlanLists* plan = call.plan) {
             sink_ = plan->band[2 * tile.list], window_ = plan->band[2 * tile.list + 1];
             planned_ = window_ != -1;
-            if (plan->blk_ptr) blk_ = plan->blk_idx + plan->blk_ptr[tile.list], blk_end_ = plan->blk_idx + plan->blk_ptr[tile.list + 1];
-            if (plan->col_ptr) col_ = plan->col_idx + plan->col_ptr[tile.list], col_end_ = plan->col_idx + plan->col_ptr[tile.list + 1];
+            if (planned_) blk_ = Span(plan->blk_ptr, plan->blk_idx, tile.list);
         }
-        plain_ = !planned_ && !view_.tok && !view_.visible && !call.model_window;
     }
 
-    static int64_t stride(const AttnArgs& call) { return VIEW_FIELDS + call.num_kv_heads; }
-
+    // Blocks that the tile's rows can reach.
     int num_blocks() const {
-        const int64_t n = view_.tok ? length_ : std::min(length_, last_ + 1);
-        return (int)((n + BLOCK - 1) / BLOCK);
+        const int64_t n = tok_ ? std::upper_bound(tok_, tok_ + length_, last_) - tok_ : std::min(length_, last_ + 1);
+        const int count = (int)((n + BLOCK - 1) / BLOCK);
+        return walk_.every ? count : (int)(std::lower_bound(walk_.blocks.begin(), walk_.blocks.end(), count) - walk_.blocks.begin());
     }
-    int32_t block(int n) const { return view_.table[tile_.kv * view_.table_stride + n]; }
+    // Which block of the view comes n-th, and where it lies.
+    int nth(int n) const { return walk_.every ? n : walk_.blocks[n]; }
+    int32_t block(int b) const { return view_.table[tile_.kv * view_.table_stride + b]; }
 
     // Which entries of block n each row (token) of the tile sees; bit = entry. Returns the rows' union and intersection.
     struct Sum {
@@ -53,22 +141,45 @@ class Seen {
     Sum rows(int n, uint64_t* mask) {
         const int64_t base = (int64_t)n * BLOCK;
         const int count = tile_.hi - tile_.lo;
-        if (plain_ && base + BLOCK - 1 <= first_) return {~0ull, ~0ull};
         uint64_t exists = below(length_ - base);
         if (visible_) exists &= bytes(base);
-        const uint64_t listed = planned_ ? lists(base) : 0;
+        const uint64_t listed = planned_ ? lists(base) | below(sink_ - base) : ~0ull;
+        if (exists == ~0ull && reached(base)) {  // all of it, by everybody?
+            const bool in_model = !call_.model_window || behind(base, call_.model_window);
+            if (in_model && (listed == ~0ull || (window_ > 0 && behind(base, window_)))) return {~0ull, ~0ull};
+        }
         Sum sum{0, ~0ull};
         for (int i = 0; i < count; ++i) {
             const int64_t tok = call_.tok[tile_.lo + i], pos = call_.pos[tile_.lo + i];
             uint64_t m = exists & causal(base, tok);
             if (call_.model_window) m &= within(base, pos, call_.model_window);
-            if (planned_) m &= listed | below(sink_ - base) | (window_ > 0 ? within(base, pos, window_) : 0);
+            if (planned_) m &= listed | (window_ > 0 ? within(base, pos, window_) : 0);
+            mask[i] = m, sum.any |= m, sum.every &= m;
+        }
+        return sum;
+    }
+
+    // The same for `count` gathered columns: what a window covers is seen where it lies.
+    Sum columns(const int32_t* at, int count, uint64_t* mask) {
+        Sum sum{0, ~0ull};
+        for (int i = 0; i < tile_.hi - tile_.lo; ++i) {
+            uint64_t m = below(count);
+            for (int j = 0; window_ > 0 && j < count; ++j)
+                if (call_.pos[tile_.lo + i] - (pos_ ? pos_[at[j]] : at[j]) < window_) m &= ~(1ull << j);
             mask[i] = m, sum.any |= m, sum.every &= m;
         }
         return sum;
     }
 
   private:
+    // Whether every row comes after a whole block, and has all of it inside a window.
+    bool reached(int64_t base) const { return (tok_ ? tok_[base + BLOCK - 1] : base + BLOCK - 1) <= first_; }
+    bool behind(int64_t base, int64_t window) const {
+        int64_t nearest = base;
+        if (pos_) nearest = *std::min_element(pos_ + base, pos_ + base + BLOCK);
+        return nearest > far_ - window;
+    }
+
     uint64_t causal(int64_t base, int64_t tok) const {
         if (!tok_) return below(tok + 1 - base);
         const int64_t *begin = tok_ + base, *end = tok_ + std::min(base + BLOCK, length_);
@@ -88,25 +199,28 @@ class Seen {
     }
     uint64_t lists(int64_t base) {
         uint64_t m = 0;
-        if (blk_) {
+        if (!blk_.empty()) {
             const int64_t size = call_.plan->blk;
-            for (const int32_t* i = std::lower_bound(blk_, blk_end_, (int32_t)(base / size)); i != blk_end_ && *i * size < base + BLOCK; ++i)
+            for (const int32_t* i = std::lower_bound(blk_.begin, blk_.end, (int32_t)(base / size)); i != blk_.end && *i * size < base + BLOCK; ++i)
                 m |= below((*i + 1) * size - base) & ~below(*i * size - base);
         }
-        if (col_)
-            for (const int32_t* i = std::lower_bound(col_, col_end_, (int32_t)base); i != col_end_ && *i < base + BLOCK; ++i)
+        const Span columns = walk_.places;
+        if (!columns.empty())
+            for (const int32_t* i = std::lower_bound(columns.begin, columns.end, (int32_t)base); i != columns.end && *i < base + BLOCK; ++i)
                 m |= 1ull << (*i - base);
         return m;
     }
 
     const AttnArgs& call_;
     const Tile& tile_;
+    const Walk& walk_;
     const View& view_;
-    int64_t length_ = 0, first_ = 0, last_ = 0, sink_ = 0, window_ = 0;
+    const int64_t length_;
+    int64_t first_ = 0, last_ = 0, far_ = 0, sink_ = 0, window_ = 0;
     const int64_t *tok_ = nullptr, *pos_ = nullptr;
     const uint8_t* visible_ = nullptr;
-    const int32_t *blk_ = nullptr, *blk_end_ = nullptr, *col_ = nullptr, *col_end_ = nullptr;
-    bool planned_ = false, plain_ = false;
+    Span blk_;
+    bool planned_ = false;
 };
 
 }  // namespace
