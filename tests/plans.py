@@ -40,11 +40,15 @@ def context(
     )
 
 
-def seen(plan: AttnPlan | None, ctx: PlanContext) -> Tensor:
-    """bool [n, Hq, entries]: what each row of the pass sees under a plan, by the definition in core/attn.py."""
+def seen(plan: AttnPlan | None, ctx: PlanContext, entries: Tensor | None = None) -> Tensor:
+    """bool [n, Hq, entries]: what each row of the pass sees under a plan, by the definition in core/attn.py.
+
+    `entries`: i64 [n_kv], the ordinals that are still there; None = all.
+    """
     rows = AttnRows([0, len(ctx.tok)], ctx.tok, ctx.pos, [False])
-    end, heads = int(ctx.tok[-1]) + 1, ctx.num_kv_heads
-    view = KVView(torch.zeros(heads, -(-end // BLOCK), dtype=torch.int32), [end] * heads)
+    end, heads = int(ctx.tok[-1]) + 1 if entries is None else len(entries), ctx.num_kv_heads
+    there = None if entries is None else entries.expand(heads, -1).contiguous()
+    view = KVView(torch.zeros(heads, -(-end // BLOCK), dtype=torch.int32), [end] * heads, there, there)
     call = AttnCall(ctx.q, rows, KVLayout(1, ctx.q.shape[2], ctx.q.dtype), [view], ctx.q, ctx.scale, plan)
     return torch.cat([visible_mask(call, 0, h, 0, len(ctx.tok)) for h in range(heads)], 1)
 

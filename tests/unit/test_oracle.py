@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,14 +139,16 @@ def _some_context() -> PlanContext:
 
 @pytest.mark.parametrize("share", [1, 16])
 def test_missing_rows_and_entries_do_no_harm(share: int) -> None:
-    rows = torch.tensor([*range(3, 10), *range(140, N)])  # a strip of 128 rows has none in the middle of it
+    rows = torch.tensor([*range(3, 10), *range(140, N), *range(600, 620)])  # a strip of 128 rows has few, one has none
     q, k = some_qk(700)
-    rows = torch.cat([rows, torch.arange(600, 620)])
-    ctx = context(q, k, rows, place=torch.arange(5, 5 + len(rows)))
+    there = torch.cat([torch.tensor([0, 2]), rows])
+    ctx = replace(context(q, k, rows, place=torch.arange(2, len(there))), keys=lambda: k[there].transpose(0, 1))
     plan = Oracle(OracleConfig(k=8, rows=share)).plan(ctx)
     assert plan is not None and plan.col_ptr is not None and len(plan.col_ptr) == len(plan.band) + 1
-    taken = seen(plan, ctx)
-    assert taken[:, :, int(ctx.place[-1]) + 1 :].sum() == 0 and taken.any(-1).all()  # type: ignore[index]
+    taken = seen(plan, ctx, there)
+    assert taken.shape[2] == len(there) and taken.any(-1).all()
+    if share == 1:
+        assert torch.equal(taken.sum(-1), torch.arange(3, len(there) + 1).clamp(max=8)[:, None].expand(-1, 6))
 
 
 @pytest.mark.parametrize(
