@@ -111,7 +111,7 @@ def test_a_peer_that_works(contest: Callable[..., Any], runner: str) -> None:
     ("trouble", "reason"),
     [
         ("crash", "crashed: SIGSEGV"),
-        ("hang", "no answer within 1 s"),
+        ("hang", "no answer within 5 s"),
         ("error", "ValueError: no such weights in file.gguf"),
         ("mute", "RuntimeError: 0 tokens came instead of 3"),
     ],
@@ -120,7 +120,7 @@ def test_a_peer_in_trouble_is_a_row_and_not_the_end(
     contest: Callable[..., Any], runner: str, trouble: str, reason: str
 ) -> None:
     began = time.monotonic()
-    rows = contest(peer("bad", runner, {"trouble": trouble}), peer("good", runner, {}), limit_s=1.0)
+    rows = contest(peer("bad", runner, {"trouble": trouble}), peer("good", runner, {}), limit_s=5.0)
     assert [(row["engine"], row["failed"]) for row in rows] == [("bad", reason)] * 2 + [("good", None)] * 2
     assert time.monotonic() - began < 30, "a peer that failed has no part in later rounds"
 
