@@ -23,6 +23,7 @@ from firstlight.cli.main import call
 from firstlight.core import registry
 from firstlight.core.attn import DENSE, AttnPlan, PlanContext, Planner
 from firstlight.core.parts import Capability
+from firstlight.core.request import SamplingParams
 from firstlight.evaluate.inspection import inspect
 from firstlight.llm import LLM
 from tests.tiny import save_tiny
@@ -138,6 +139,20 @@ def test_cells_and_times_are_those_of_the_report(folder: Path, method: str) -> N
     assert all(value >= 0 for row in found["seconds"] for value in row)
     spent = sum(map(sum, found["seconds"]))
     assert 0 < spent < report["timings"]["prefill_s"]
+
+
+def test_what_the_prefix_cache_gave_is_reused(folder: Path) -> None:
+    with LLM(folder, precision="f32") as llm:
+        llm.generate(list(range(200)), SamplingParams(max_tokens=1))
+        found = inspect(llm, [*range(200), *range(100)])
+    cells, num = found["report"]["cells"], found["grid"]["num"]
+    shares = unpacked(found["cells"], LAYERS, 3, num) / 255
+    held = cells["reused"] / cells["total"]
+    assert 0.5 < held < 0.7 and shares[:, 0].mean() == pytest.approx(held, abs=0.02)
+    assert shares[:, 1].mean() == pytest.approx(1 - held, abs=0.02)
+    assert torch.tensor(found["density"]).mean() == pytest.approx(found["report"]["attention"]["density"])
+    drawn = unpacked(found["plan"], LAYERS, HEADS, num, num)
+    assert not drawn[:, :, : int(held * num) - 1].any() and drawn[:, :, -1].all()
 
 
 class Page(HTMLParser):

@@ -65,7 +65,8 @@ class Watch:
         self.paused_s = 0.0
         """What looking itself has taken."""
         self.live: LiveRequest | None = None
-        self._starts = 0
+        self.record: Record
+        self._starts = -1
         self._layer = 0
         self._began: float | None = None
         self._busy_s = 0.0
@@ -84,7 +85,7 @@ class Watch:
 
         def watched_add(request: Request) -> LiveRequest:
             live: LiveRequest = add(request)
-            self._meet(live)
+            self.live = self.live or live
             return live
 
         def on_stop(work: Pass, stop: Stop) -> None:
@@ -99,10 +100,15 @@ class Watch:
             del engine.add
             machine.model, machine.ops, machine.planning, engine.on_stop = model, ops, planning, told
 
-    def _meet(self, live: LiveRequest) -> None:
-        if self.live is None:
-            self.live, self._starts = live, live.num_preempted
-            self.record = Record(live.num_prompt, self._config.num_layers, self._config.num_heads)
+    def _open(self) -> None:
+        """An empty record: at the first call of a prefill, and where it begins anew."""
+        assert self.live is not None
+        if self._starts == self.live.num_preempted:
+            return
+        began = time.perf_counter()
+        self._starts = self.live.num_preempted
+        self.record = Record(self.live.num_prompt, self._config.num_layers, self._config.num_heads)
+        self.paused_s += time.perf_counter() - began
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -111,6 +117,7 @@ class Watch:
 
     def _take(self, layer: int, work: str, call: Callable[..., Any], *args: Any) -> Any:
         """A call of a layer, and its time."""
+        self._open()
         began = self._now()
         self._began = began if self._began is None else self._began
         result = call(*args)
@@ -147,12 +154,9 @@ class Watch:
     def _look(self) -> None:
         """At the attention call that has begun: what its rows read, what they would have, who was there."""
         call, self._call = self._call, None
-        if call is None or self.live is None:
+        if call is None:
             return
         began = time.perf_counter()
-        if self.live.num_preempted != self._starts:
-            self._starts = self.live.num_preempted
-            self.record = Record(self.record.tokens, *self.record.kept.shape)
         self._see_cells(call)
         for kv_head in range(len(call.kv[0].length)):
             self._see_pairs(call, kv_head)
