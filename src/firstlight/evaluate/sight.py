@@ -6,6 +6,7 @@ the meaning that `core/attn.py` gives it; a test holds both counts to each other
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -135,27 +136,36 @@ class Sight:
         edges = torch.searchsorted(self.entries, torch.arange(num + 1) * cell)
         first = torch.maximum(edges[:-1], self.begin[:, None])[:, None]
         last = torch.minimum(edges[1:], self.end[:, None])[:, None]
-        sink, near, dense = (t[..., None] for t in self._band)
-        there = _sums(self._there[None])
+        sums = torch.zeros(len(KINDS), num, len(self.lists[0]), num, dtype=torch.int64)
+        for kind, pairs in self._pairs(first, last):
+            sums[KINDS.index(kind)].index_add_(0, self.tok // cell, pairs.expand(-1, sums.shape[2], -1))
+        return sums
+
+    def _pairs(self, first: Tensor, last: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Of each kind that there is: entries of [first, last) [n, 1, C] that are read for it, i64 [n, L or 1, C]."""
+        plan, (sink, near, dense) = self.call.plan, (t[..., None] for t in self._band)
+        if bool(dense.any()):
+            yield "dense", self._in(first, last) * dense
+        if plan is None:
+            return
+        row, sparse = self._csr_row[1], ~dense
         listed, columns = (_sums(mask & self._there) for mask in self._listed)
-        row = torch.zeros(len(self.tok), 1, dtype=torch.int64) if self.call.plan is None else self._csr_row[1]
+        if plan.blk_ptr is not None:
+            yield "listed", _between(listed, row, first, last) * sparse
+        if bool((sink > 0).any()) or bool((near < self.end[:, None, None]).any()):
+            window = torch.maximum(first, torch.maximum(near, sink))
+            parts = ((first, torch.minimum(last, sink)), (window, last))
+            sunk, near_by = ((self._in(a, e) - _between(listed, row, a, e)) * sparse for a, e in parts)
+            yield "band", sunk + near_by
+        if plan.col_ptr is not None:
+            free = torch.maximum(first, sink), torch.minimum(last, near)
+            yield "columns", _between(columns, row, *free) * sparse
 
-        def free(begin: Tensor, end: Tensor) -> Tensor:
-            """Entries of an interval that no listed block holds."""
-            return _between(there, row * 0, begin, end) - _between(listed, row, begin, end)
-
-        sunk = torch.minimum(last, sink)
-        window = torch.maximum(first, torch.maximum(near, sink))
-        kinds = (
-            _between(there, row * 0, first, last) * dense,
-            _between(listed, row, first, last) * ~dense,
-            (free(first, sunk) + free(window, last)) * ~dense,
-            _between(columns, row, torch.maximum(first, sink), torch.minimum(last, near)) * ~dense,
-        )
-        of_rows = torch.stack([kind.expand(-1, row.shape[1], -1) for kind in kinds])
-        return torch.zeros(len(KINDS), num, *of_rows.shape[2:], dtype=torch.int64).index_add_(
-            1, self.tok // cell, of_rows
-        )
+    def _in(self, begin: Tensor, end: Tensor) -> Tensor:
+        """Entries of [begin, end) that this pass may read."""
+        if self.call.kv[0].visible is None:
+            return (end - begin).clamp_(min=0)
+        return _between(_sums(self._there[None]), torch.zeros(1, 1, dtype=torch.int64), begin, end)
 
     def attention(self) -> Tensor:
         """f32 [G, n, m]: softmax over all entries that the model lets the rows see, whatever the plan says."""
