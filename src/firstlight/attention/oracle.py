@@ -1,7 +1,7 @@
 """`oracle`: each row reads the entries on which dense attention puts most. For measuring only: slower than dense.
 
-It computes dense attention to choose what attention may read (Oracle-Guided Sparse Prefill, arXiv 2606.07703, section
-3), so it tells how good a plan of a given size, shape and sharing can be at all: every planner is judged by its
+It computes dense attention to choose what attention may read (Oracle-Guided Sparse Prefill, arXiv 2606.07703),
+so it tells how good a plan of a given size, shape and sharing can be at all: every planner is judged by its
 distance to it. No clock is asked whether it pays, for it never does.
 """
 
