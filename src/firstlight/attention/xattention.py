@@ -29,6 +29,8 @@ TAU = 0.9
 BLOCKS = (16, 32, 64, 128, 256)
 _CELLS = 256
 """Rows of cells that are scored at a time."""
+_RATE = 6.0
+"""So many times a probe's, by which the cost guard reckons, is the rate of products as large as these (6 to 8)."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,9 @@ class XAttention(Planner):
         return grid.plan(blocks=cover(mass, forced, tau) & grid.causal)
 
     def operations(self, ctx: PlanContext) -> float:
-        """Those of `block_mass`, which sees nothing behind a tile's own block."""
-        return 2.0 * float((ctx.tok + self.config.block).sum()) * ctx.q.shape[1] * ctx.q.shape[2] / self.config.stride
+        """Those of `block_mass`, which sees nothing behind a tile's own block, as the probe's that take as long."""
+        pairs = float((ctx.tok + self.config.block).sum()) / self.config.stride
+        return 2.0 * pairs * ctx.q.shape[1] * ctx.q.shape[2] / _RATE
 
 
 def block_mass(ctx: PlanContext, grid: Grid, stride: int, alternating: bool = False) -> Tensor:
