@@ -77,14 +77,14 @@ def test_what_it_cannot_repeat_it_refuses(foreign: Callable[[Tensor], object]) -
 def test_memory_is_lent_once_a_recording() -> None:
     memory, x = Memory(), rows(0, 4, 64)
 
-    def twice() -> list[int]:
+    def asked(count: int) -> list[int]:
         made: list[Tensor] = []
-        recorded(lambda: made.extend(torch.empty(4, 64) for _ in range(2)), memory)
+        recorded(lambda: made.extend(torch.empty(4, 64) for _ in range(count)), memory)
         return [t.data_ptr() for t in made]
 
-    first = twice()
-    assert len(set(first)) == 2 and twice() == first
-    assert x.data_ptr() not in first
+    first, more = asked(2), asked(5)
+    assert more[:2] == first and len(set(more)) == 5 and asked(5) == more
+    assert x.data_ptr() not in more
 
 
 @torch.inference_mode()
