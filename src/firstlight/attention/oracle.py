@@ -81,7 +81,7 @@ class Oracle(Planner):
         if c.pool == "mean":  # tiles have a number of rows of their own, which changes no order
             pooled.index_add_(1, tile, mass)
         else:
-            pooled.index_reduce_(1, tile, mass, "amax")
+            pooled.scatter_reduce_(1, tile[None, :, None].expand_as(mass), mass, "amax")
         entry = torch.arange(mass.shape[2])
         if c.block > 1:
             blocks = -(-mass.shape[2] // c.block)
