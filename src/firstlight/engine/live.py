@@ -83,7 +83,7 @@ class LiveRequest:
         self.planned = 0
         """Layers of passes that a plan served."""
         self.unplanned = 0
-        """Those where one would not have paid."""
+        """Those of the prompt where one would not have paid."""
         self.seen: dict[int, Obs] = {}
         """Layer -> probe sums so far, until the prompt's end."""
         self.stats = AttnStats()

@@ -37,7 +37,7 @@ class Planning:
         ctx = self._context(model, layer, m, q)
         operations = planner.operations(ctx) if self.costs else 0.0
         if self.costs and operations and operations * self.costs.operation >= self.costs.densely(ctx):
-            m.live.unplanned += 1
+            m.live.unplanned += not m.decode
             return None
         plan = planner.plan(ctx)
         if plan is None:
@@ -45,7 +45,7 @@ class Planning:
         if probed is not None:
             plan = dense_rows(plan, probed)
         if self.costs and operations and self.costs.of(plan, ctx) >= self.costs.densely(ctx):
-            m.live.unplanned += 1
+            m.live.unplanned += not m.decode
             return None
         m.live.planned += 1
         return plan
