@@ -103,7 +103,8 @@ struct Scratch {
     Walk walk;
     Gathered<T> gathered;
     std::vector<scalar> q;
-    std::vector<float> score, part, out, top, total;
+    std::vector<float> score, part, out, top, total, best, below;
+    std::vector<uint8_t> kept;
     std::vector<uint64_t> mask;
     void begin(const AttnArgs& call, const Tile& tile, bool by_number = false) {
         walk.begin(call, tile, by_number);
@@ -112,7 +113,7 @@ struct Scratch {
     void reserve(int rows, int dim) {
         const size_t n = (size_t)rows;
         if (q.size() < n * dim) q.resize(n * dim), part.resize(n * dim), out.resize(n * dim);
-        if (top.size() < n) score.resize(n * SPLIT), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS);
+        if (top.size() < n) score.resize(n * SPLIT), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS), best.resize(n), below.resize(n), kept.resize(n * SPLIT_BLOCKS);
     }
 };
 
@@ -136,18 +137,21 @@ class TileWork {
 
     // Which blocks of split n are seen at all: K, V, masks; how many.
     int find(int n) {
-        const int first = splits_in_place(), tokens = tile_.hi - tile_.lo;
-        const int begin = (n < first ? n : n - first) * SPLIT_BLOCKS, columns = (int)s_.walk.columns.size();
-        const int end = std::min(begin + SPLIT_BLOCKS, n < first ? in_place_ : (columns + BLOCK - 1) / BLOCK);
+        const int first = splits_in_place(), columns = (int)s_.walk.columns.size();
+        const int begin = (n < first ? n : n - first) * SPLIT_BLOCKS;
+        return find(begin, std::min(begin + SPLIT_BLOCKS, n < first ? in_place_ : (columns + BLOCK - 1) / BLOCK), n < first);
+    }
+    int find(int begin, int end, bool in_place) {
+        const int tokens = tile_.hi - tile_.lo, columns = (int)s_.walk.columns.size();
         int active = 0;
         for (int i = begin; i < end; ++i) {
             uint64_t* mask = &s_.mask[(size_t)active * tokens];
-            const int b = n < first ? seen_.nth(i) : i;
-            const Seen::Sum sum = n < first ? seen_.rows(b, mask) : seen_.columns(&s_.walk.columns[(size_t)i * BLOCK], std::min(BLOCK, columns - i * BLOCK), mask);
+            const int b = in_place ? seen_.nth(i) : i;
+            const Seen::Sum sum = in_place ? seen_.rows(b, mask) : seen_.columns(&s_.walk.columns[(size_t)i * BLOCK], std::min(BLOCK, columns - i * BLOCK), mask);
             if (!sum.any) continue;
             number_[active] = b;
             full_[active] = sum.every == ~0ull;
-            if (n < first) {
+            if (in_place) {
                 const ptrdiff_t at = seen_.block(b) * block_size_;
                 keys_[active] = (const scalar*)call_.k + at, values_[active] = (const scalar*)call_.v + at;
             } else {
@@ -159,8 +163,9 @@ class TileWork {
     }
 
     // Scores of split n for the blocks that are seen at all, -inf where a row does not see; how many blocks.
-    int scores(int n) {
-        const int active = find(n), tokens = tile_.hi - tile_.lo;
+    int scores(int n) { return score(find(n)); }
+    int score(int active) {
+        const int tokens = tile_.hi - tile_.lo;
         for (int j = 0; j < active; ++j) {
             product<T>(rows_, BLOCK, s_.q.data(), dim_, 0, &keys_[j], 1, groups_, &s_.score[j * BLOCK], SPLIT);
             if (call_.cap > 0) cap(j * BLOCK);
@@ -213,9 +218,70 @@ class TileWork {
             }
             total[i] = sum(mass);
         }
-        const ptrdiff_t stride = SPLIT * (ptrdiff_t)(sizeof(float) / sizeof(scalar));
-        product<T>(rows_, dim_, (const scalar*)s_.score.data(), stride, BLOCK, values_, active, BLOCK / T::PAIR, part, dim_);
+        multiply(active, part);
         return true;
+    }
+
+    // The split's weights over `count` blocks, in the scores' place, times V.
+    void multiply(int count, float* part) {
+        const ptrdiff_t stride = SPLIT * (ptrdiff_t)(sizeof(float) / sizeof(scalar));
+        product<T>(rows_, dim_, (const scalar*)s_.score.data(), stride, BLOCK, values_, count, BLOCK / T::PAIR, part, dim_);
+    }
+
+    // The same where rows skip blocks whose scores lie far below what they have seen: the blocks at [begin, end) of the
+    // walk. What a row skips has the weight 0 and changes no bit, so what all of them skip is left out.
+    bool reduce_kept(int begin, int end, bool descending, float* part, float* top, float* total) {
+        const int active = score(find(begin, end, true));
+        std::fill_n(top, rows_, LOWEST);
+        std::fill_n(total, rows_, 0.0f);
+        for (int n = 0; n < active; ++n) vote(descending ? active - 1 - n : n, top);
+        int count = 0;
+        for (int j = 0; j < active; ++j) {
+            const uint8_t* kept = &s_.kept[(size_t)j * rows_];
+            if (!std::memchr(kept, 1, rows_)) continue;
+            values_[count] = values_[j];
+            place_[count++] = j;
+        }
+        if (!count) return false;
+        for (int i = 0; i < rows_; ++i) {
+            top[i] *= log2_scale_;
+            total[i] = weigh(i, count, top[i]);
+        }
+        multiply(count, part);
+        return true;
+    }
+
+    // Which rows keep block j, and the highest score that each has kept of the split.
+    void vote(int j, float* top) {
+        const int tokens = tile_.hi - tile_.lo;
+        for (int i = 0; i < rows_; ++i) {
+            const float* score = &s_.score[(size_t)i * SPLIT + j * BLOCK];
+            vf most = load(score);
+            for (int e = W; e < BLOCK; e += W) most = max(most, load(score + e));
+            const float high = highest_fast(most);
+            const bool keep = high > -INFINITY && !(high - s_.best[i] < s_.below[i]);  // never -inf minus -inf
+            s_.kept[(size_t)j * rows_ + i] = keep;
+            s_.best[i] = std::max(s_.best[i], high);
+            if (keep) top[i] = std::max(top[i], high);
+            else visible_ -= full_[j] ? BLOCK : __builtin_popcountll(s_.mask[(size_t)j * tokens + i / tile_.group]);
+        }
+    }
+
+    // Weights of row i over the `count` blocks that somebody keeps, side by side; their sum.
+    float weigh(int i, int count, float top) {
+        const vf shift = all(-top), scale = all(log2_scale_), none = {};
+        float* score = &s_.score[(size_t)i * SPLIT];
+        scalar* weight = (scalar*)score;  // in place: never ahead of what is read
+        vf mass = {};
+        for (int n = 0; n < count; ++n) {
+            const bool keep = s_.kept[(size_t)place_[n] * rows_ + i];
+            for (int e = 0; e < BLOCK; e += W) {
+                const vf p = keep ? exp2<T::TERMS>(fma(load(score + place_[n] * BLOCK + e), scale, shift)) : none;
+                mass += p;
+                T::narrow(weight + n * BLOCK + e, p);
+            }
+        }
+        return sum(mass);
     }
 
     // Join a split onto what the splits before it gave.
@@ -255,9 +321,30 @@ class TileWork {
         begin();
         std::vector<float>& top = tops_;
         top.resize(2 * (size_t)rows_);
-        for (int n = 0; n < num_splits(); ++n)
-            if (reduce(n, s_.part.data(), top.data(), top.data() + rows_)) join(s_.part.data(), top.data(), top.data() + rows_);
+        if (call_.plan && call_.plan->skip_log) {
+            in_scan_order([&](int begin, int end, bool descending) {
+                if (reduce_kept(begin, end, descending, s_.part.data(), top.data(), top.data() + rows_)) join(s_.part.data(), top.data(), top.data() + rows_);
+            });
+        } else {
+            for (int n = 0; n < num_splits(); ++n)
+                if (reduce(n, s_.part.data(), top.data(), top.data() + rows_)) join(s_.part.data(), top.data(), top.data() + rows_);
+        }
         finish(lse2);
+    }
+
+    // take(begin, end, whether backwards) for the splits of the walk in the order in which rows skip.
+    template <class Take>
+    void in_scan_order(Take take) {
+        std::fill_n(s_.best.begin(), rows_, -INFINITY);
+        for (int i = 0; i < rows_; ++i)
+            s_.below[i] = call_.plan->skip_log[tile_.b * call_.num_heads + tile_.head + i % tile_.group] / call_.scale;
+        const int splits = splits_in_place(), scan = (int)call_.plan->scan;
+        const int alone = scan == 2 && in_place_ > 0 && seen_.nth(0) == 0;  // the sink's block, before all others
+        if (alone) take(0, 1, false);
+        for (int i = 0; i < splits; ++i) {
+            const int n = scan ? splits - 1 - i : i, begin = n ? n * SPLIT_BLOCKS : alone;
+            if (begin < in_place_) take(begin, std::min((n + 1) * SPLIT_BLOCKS, in_place_), scan != 0);
+        }
     }
 
     // Add the softmax mass of rows from ordinal `first` on onto sums[entry], row by row, for split n.
@@ -291,7 +378,7 @@ class TileWork {
     const ptrdiff_t block_size_;
     const float log2_scale_;
     const scalar *keys_[SPLIT_BLOCKS], *values_[SPLIT_BLOCKS];
-    int number_[SPLIT_BLOCKS];
+    int number_[SPLIT_BLOCKS], place_[SPLIT_BLOCKS];
     bool full_[SPLIT_BLOCKS];
     std::vector<float> tops_;
     int64_t visible_ = 0;

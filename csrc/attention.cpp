@@ -3,7 +3,8 @@
 // Rows of a request that share a list are packed into tiles, tokens by query heads of a KV head. A tile reduces the
 // view in splits of 512 entries: scores of all blocks that any of its rows sees, one softmax over them, their product
 // with V. Splits join in ascending order. What a row does not see enters as p = 0, which changes no bit, so a row's
-// result is its own: neither tile mates, nor slices, nor threads matter, and decode rows equal prompt rows.
+// result is its own: neither tile mates, nor slices, nor threads matter, and decode rows equal prompt rows. Where a plan
+// has rows skip blocks, splits come one after the other in the order of its scan, since what is skipped depends on it.
 #include "attention.h"
 
 #include <omp.h>
@@ -175,7 +176,7 @@ int64_t attend_as(const AttnArgs& call) {
     const std::vector<Tile> work = tiles(call);
     std::vector<float> lse2(call.probe_sums ? (size_t)call.row_ptr[call.num_requests] * call.num_heads : 0);
     float* keep = call.probe_sums ? lse2.data() : nullptr;
-    const bool few = (int)work.size() < 8 * call.threads;
+    const bool few = (int)work.size() < 8 * call.threads && !(call.plan && call.plan->skip_log);
     const int64_t visible = few ? by_splits<T>(call, work, keep) : by_tiles<T>(call, work, keep);
     if (keep) probe<T>(call, work, keep);
     return visible;

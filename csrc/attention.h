@@ -26,6 +26,8 @@ struct PlanLists {
     int64_t q_tile, blk, num_lists;
     const int16_t* head_map;
     const int32_t *tile_base, *tile_first, *tile_map, *band, *blk_ptr, *blk_idx, *col_ptr, *col_idx;
+    const float* skip_log;  // [B, Hq], null = no row skips a block
+    int64_t scan;           // order of blocks where rows skip: ascending, descending, the first and then descending
 };
 
 struct AttnArgs {

@@ -57,6 +57,7 @@ int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers>
         lists.tile_base = at<int32_t>(p[4]), lists.tile_first = at<int32_t>(p[5]), lists.tile_map = at<int32_t>(p[6]);
         lists.band = at<int32_t>(p[7]), lists.blk_ptr = at<int32_t>(p[8]), lists.blk_idx = at<int32_t>(p[9]);
         lists.col_ptr = at<int32_t>(p[10]), lists.col_idx = at<int32_t>(p[11]);
+        lists.skip_log = at<float>(p[12]), lists.scan = p[13];
         a.plan = &lists;
     }
     if (probe) {

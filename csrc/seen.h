@@ -61,7 +61,7 @@ class Walk {
         places = Span(plan.col_ptr, plan.col_idx, tile.list);
         const int64_t start = call.tok[tile.lo] / plan.q_tile * plan.q_tile, sink = plan.band[2 * tile.list], window = plan.band[2 * tile.list + 1];
         if (by_number) return;
-        if (!call.model_window && !places.empty()) {
+        if (!call.model_window && !plan.skip_log && !places.empty()) {
             const int64_t* tok = view.tok ? view.tok + tile.kv * view.tok_stride : nullptr;
             const uint8_t* visible = view.visible ? view.visible + tile.kv * view.visible_stride : nullptr;
             const int64_t before = tok ? std::lower_bound(tok, tok + length, start) - tok : std::min(start, length);

@@ -161,6 +161,7 @@ def chunk(call: AttnCall, b: int, lo: int, hi: int, view: KVView) -> AttnCall:
             tile_base=torch.tensor([0, last - first + 1], dtype=torch.int32),
             tile_first=torch.tensor([first], dtype=torch.int32),
             tile_map=plan.tile_map[base + first : base + last + 1],
+            skip_log=None if plan.skip_log is None else plan.skip_log[b : b + 1],
         )
     if probe is not None:
         probe = ProbeRows([probe.first_tok[b]], [probe.colsum[b]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Grid:
         if head_map is None:
             head_map = torch.arange(self.ctx.q.shape[1], dtype=torch.int16)
         lists, tiles = int(head_map.max()) + 1, self.tiles
-        listed: dict[str, Tensor] = {}
+        listed: dict[str, Any] = {}
         if blocks is not None:
             blocks = blocks & self.causal
             listed["blk_ptr"], listed["blk_idx"] = csr(blocks.transpose(0, 1))

@@ -5,8 +5,10 @@ Planners say which keys rows see and never how a kernel packs them. Everything h
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ def by_head(heads: Tensor, chosen: AttnPlan | None, rest: AttnPlan | None) -> At
         tile_first=first.tile_first,
         tile_map=tile_map.to(torch.int32),
         **_side_by_side(first, other, slots, lists.long()),
+        **_thresholds(heads, first, other),
     )
 
 
@@ -94,11 +97,11 @@ def aligned(first: AttnPlan, other: AttnPlan) -> tuple[AttnPlan, AttnPlan]:
     return made[0], made[1]
 
 
-def _side_by_side(first: AttnPlan, other: AttnPlan, slots: Tensor, lists: Tensor) -> dict[str, Tensor]:
+def _side_by_side(first: AttnPlan, other: AttnPlan, slots: Tensor, lists: Tensor) -> dict[str, Any]:
     """Band and lists of slots that hold slot slots[0, s] of one plan, then slot slots[1, s] of the other."""
     plans = (first, other)
     rows = [chosen.long()[:, None] * p.num_lists + torch.arange(p.num_lists) for p, chosen in zip(plans, slots)]
-    joined = {"band": torch.cat([p.band[r] for p, r in zip(plans, rows)], 1)[:, lists].reshape(-1, 2)}
+    joined: dict[str, Any] = {"band": torch.cat([p.band[r] for p, r in zip(plans, rows)], 1)[:, lists].reshape(-1, 2)}
     numbers = [torch.arange(r.numel()).view(r.shape) + base for r, base in zip(rows, (0, rows[0].numel()))]
     order = torch.cat(numbers, 1)[:, lists].flatten()
     for name in ("blk", "col"):
@@ -107,6 +110,17 @@ def _side_by_side(first: AttnPlan, other: AttnPlan, slots: Tensor, lists: Tensor
             taken = [_taken(csr, r.flatten()) for csr, r in zip(given, rows)]
             joined[f"{name}_ptr"], joined[f"{name}_idx"] = _picked(_stacked(*taken), order)
     return joined
+
+
+def _thresholds(heads: Tensor, chosen: AttnPlan, rest: AttnPlan) -> dict[str, Any]:
+    """`skip_log` and `scan` of heads that follow one plan or the other; two that skip must scan alike."""
+    skipping = [plan for plan in (chosen, rest) if plan.skip_log is not None]
+    if not skipping:
+        return {}
+    assert len({plan.scan for plan in skipping}) == 1
+    never = torch.full((1, len(heads)), -math.inf)
+    first, other = (never if plan.skip_log is None else plan.skip_log for plan in (chosen, rest))
+    return {"skip_log": torch.where(heads, first, other), "scan": skipping[0].scan}
 
 
 def _taken(csr: tuple[Tensor | None, Tensor | None], rows: Tensor) -> _Csr:

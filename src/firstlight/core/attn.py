@@ -11,6 +11,7 @@ nothing was dropped; the causal test compares stored ordinals, windows compare s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,21 @@ class AttnPlan:
     col_ptr: Tensor | None = None
     col_idx: Tensor | None = None
     """i32: single entries, ascending and unique in a row."""
+    skip_log: Tensor | None = None
+    """f32 [B, Hq], 0 or less: a row skips a KV block where the highest score that it sees there, scaled and capped, is
+    below the highest of all blocks before by more than -skip_log; -inf = never. What it skips, it doesn't see."""
+    scan: int = 0
+    """Order in which blocks of the view come before each other, for `skip_log`: 0 = ascending, 1 = descending, 2 = the
+    view's first and then descending."""
 
     @property
     def num_lists(self) -> int:
         return int(self.head_map.max()) + 1
+
+    @property
+    def skips(self) -> bool:
+        """Whether any row may skip what is listed."""
+        return self.skip_log is not None and bool((self.skip_log > -math.inf).any())
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,12 +62,13 @@ class ProbeRows:
     first_tok: Sequence[int]
     """[B]: rows with ordinal >= this one are probe rows (a huge number: none)."""
     colsum: Sequence[Tensor | None]
-    """[B] f32 [Hkv, n]: softmax mass on each view entry, added row by row in ordinal, then head order."""
+    """[B] f32 [Hkv, n]: softmax mass on each view entry, added row by row in ordinal, then head order. Where rows skip
+    blocks (`AttnPlan.skip_log`) those get exp(score - lse) too, with the lse of what was kept."""
 
 
 @dataclass(slots=True)
 class AttnStats:
-    """(row, key, query head) triples: what dense would read, and what was read."""
+    """(row, key, query head) triples: what dense would read, and what was read: listed and not skipped."""
 
     dense: int = 0
     visible: int = 0

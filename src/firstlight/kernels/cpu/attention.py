@@ -90,8 +90,10 @@ def _view(view: KVView) -> list[int]:
 def _plan(plan: AttnPlan) -> Numbers:
     lists = (plan.head_map, plan.tile_base, plan.tile_first, plan.tile_map, plan.band)
     listed = (plan.blk_ptr, plan.blk_idx, plan.col_ptr, plan.col_idx)
-    assert all(t is None or t.is_contiguous() for t in (*lists, *listed))
-    return np.array([plan.q_tile, plan.blk, plan.num_lists, *map(_address, lists), *map(_address, listed)], np.int64)
+    assert all(t is None or t.is_contiguous() for t in (*lists, *listed, plan.skip_log))
+    skip = plan.skip_log if plan.skips else None
+    numbers = (*map(_address, lists), *map(_address, listed), _address(skip), plan.scan)
+    return np.array([plan.q_tile, plan.blk, plan.num_lists, *numbers], np.int64)
 
 
 def _probe(probe: ProbeRows) -> Numbers:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from firstlight.core.attn import DENSE, AttnPlan
 from firstlight.kernels.contract import AttnCall, KVView
+from firstlight.kernels.kv_layout import BLOCK
+from firstlight.kernels.skipping import highest, kept
 
 
 def attend(call: AttnCall, r0: int, r1: int) -> None:
@@ -71,23 +73,37 @@ def _listed(plan: AttnPlan, row: int, n: int) -> Tensor:
     return listed
 
 
-def _attend_head(call: AttnCall, b: int, h: int, lo: int, hi: int) -> None:
+def scores(call: AttnCall, b: int, h: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    """bool, float64 [hi - lo, G, length]: which entries rows see; their scores, scaled and capped, -inf elsewhere."""
     seen = visible_mask(call, b, h, lo, hi)
     heads = slice(h * seen.shape[1], (h + 1) * seen.shape[1])
-    k, v = (_entries(x, seen) for x in call.layout.read_blocks(call.kv[b].table[h : h + 1]))
+    k = _entries(call.layout.read_blocks(call.kv[b].table[h : h + 1])[0], seen)
     score = call.q[lo:hi, heads].double() @ k.T * call.scale
     if call.score_cap is not None:
         score = call.score_cap * torch.tanh(score / call.score_cap)
-    score = score.masked_fill(~seen, -torch.inf)
-    lse = score.logsumexp(-1)
+    return seen, score.masked_fill(~seen, -torch.inf)
+
+
+def _attend_head(call: AttnCall, b: int, h: int, lo: int, hi: int) -> None:
+    seen, score = scores(call, b, h, lo, hi)
+    heads = slice(h * seen.shape[1], (h + 1) * seen.shape[1])
+    v = _entries(call.layout.read_blocks(call.kv[b].table[h : h + 1])[1], seen)
+    keep = seen if call.plan is None or not call.plan.skips else seen & _kept(score, call.plan, b, heads)
+    lse = score.masked_fill(~keep, -torch.inf).logsumexp(-1)
     # An empty set has lse -inf and would give nan here; its weights are all masked, so it gets 0.
     weight = torch.exp(score - lse[..., None]).masked_fill(~seen, 0)
-    call.out[lo:hi, heads] = (weight @ v).to(call.out.dtype)
+    call.out[lo:hi, heads] = (weight.masked_fill(~keep, 0) @ v).to(call.out.dtype)
     if call.lse is not None:
         call.lse[lo:hi, heads] = lse.float()
     _add_probe(call, b, h, lo, hi, weight)
     call.stats.dense += int((call.rows.tok[lo:hi] + 1).sum()) * seen.shape[1]
-    call.stats.visible += int(seen.sum())
+    call.stats.visible += int(keep.sum())
+
+
+def _kept(score: Tensor, plan: AttnPlan, b: int, heads: slice) -> Tensor:
+    """Which entries lie in blocks that a row doesn't skip: bool [n, G, length], given masked scores."""
+    blocks = kept(highest(score), plan, b, heads)
+    return blocks.repeat_interleave(BLOCK, -1)[..., : score.shape[-1]]
 
 
 def _entries(blocks: Tensor, seen: Tensor) -> Tensor:

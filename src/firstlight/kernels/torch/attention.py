@@ -20,6 +20,7 @@ from firstlight.kernels.kv_layout import BLOCK
 from firstlight.kernels.torch.gather import Tile, entries, pack, tile_span, tiles, unpack
 from firstlight.kernels.torch.ops import capped, linear
 from firstlight.kernels.torch.probe import add_probe_sums
+from firstlight.kernels.torch.skipping import kept_entries
 from firstlight.kernels.torch.visibility import visible_mask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -181,8 +182,10 @@ def _masked_parts(tile: Tile) -> Parts:
     q, parts, call = pack(tile), [], tile.call
     hkv, group = q.shape[0], q.shape[2] // tile.size
     nothing = (torch.zeros(q.shape).squeeze(1), torch.full(q.shape[:3], -math.inf).squeeze(1))
+    keep = kept_entries(tile, q) if call.plan is not None and call.plan.skips else None
     for a in range(0, max(tile.view.length), SPLIT):
         see = visible_mask(tile, a, a + SPLIT)
+        see = see if keep is None else see & keep[..., a : a + SPLIT]
         call.stats.visible += int(see.sum()) * (hkv // see.shape[0]) * (group // see.shape[2])
         if not see.any():
             parts.append(nothing)
