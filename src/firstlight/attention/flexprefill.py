@@ -137,13 +137,13 @@ def mean_keys(grid: Grid) -> Tensor:
     means = grid.ctx.digest("mean_k")[:, :length]
     means = pad(means, (0, 0, 0, length - means.shape[1]))
     count = (grid.num_entries - torch.arange(length) * BLOCK).clamp(0, BLOCK)
-    sums = (means * count[:, None]).unflatten(1, (-1, times)).sum(2)
+    sums = (means * count[:, None]).view(means.shape[0], -1, times, means.shape[2]).sum(2)
     return sums / count.view(-1, times).sum(1)[:, None]
 
 
 def in_blocks(x: Tensor, blk: int) -> Tensor:
     """f32 [G, nb]: sums over blocks of [G, n], the last one partial."""
-    return pad(x, (0, -x.shape[1] % blk)).unflatten(1, (-1, blk)).sum(2)
+    return pad(x, (0, -x.shape[1] % blk)).view(x.shape[0], -1, blk).sum(2)
 
 
 def needed(mass: Tensor, gamma: float) -> Tensor:
