@@ -114,14 +114,14 @@ def block_mass(ctx: PlanContext, grid: Grid, stride: int, alternating: bool = Fa
     """
     heads, group = ctx.q.shape[1], ctx.q.shape[1] // ctx.num_kv_heads
     cells = _Cells.of(ctx, grid, stride)
-    keys = _key_cells(ctx, grid, stride)
+    keys = _key_cells(ctx, grid, stride, alternating)
     mass = torch.zeros(heads, grid.tiles, grid.num_blocks)
     for tiles, blocks in _strips(grid, stride):
         rows, n = slice(tiles.start * cells.per_block, tiles.stop * cells.per_block), blocks * cells.per_block
         ahead = torch.arange(n) > cells.last[rows, None]
         for h, k in enumerate(keys[:, :n]):
             own = slice(h * group, (h + 1) * group)
-            scores = _antidiagonals(cells.q[own, rows], k, alternating).mul_(cells.scale[rows, None])
+            scores = (cells.q[own, rows].flatten(0, 1) @ k.T).float().view(group, -1, n).mul_(cells.scale[rows, None])
             share = scores.masked_fill_(ahead, -torch.inf).softmax(-1).nan_to_num_(0.0)
             in_blocks = share.view(group, -1, blocks, cells.per_block).sum(-1)
             mass[own, tiles, :blocks] = in_blocks.view(group, -1, cells.per_block, blocks).sum(2)
@@ -146,7 +146,7 @@ class _Cells:
     """A pass's rows in cells of `stride` ordinals, from the first tile's first one on."""
 
     q: Tensor
-    """[Hq, cells, stride, D] in the cell's order; zeros where there is no row."""
+    """[Hq, cells, stride D]: the rows of each cell beside each other, the last first; zeros where there is no row."""
     scale: Tensor
     """f32 [cells]: from a sum over an antidiagonal to the mean logit of the rows that are there."""
     last: Tensor
@@ -158,36 +158,26 @@ class _Cells:
         per_block = grid.blk // stride
         at = ctx.tok - grid.first * grid.q_tile
         num, cell = grid.tiles * per_block, at // stride
-        q = ctx.q.new_zeros(num * stride, *ctx.q.shape[1:])
-        q[at] = ctx.q
+        heads, dim = ctx.q.shape[1:]
+        q = ctx.q.new_zeros(heads, num * stride, dim)
+        q[:, (cell + 1) * stride - 1 - at % stride] = ctx.q.transpose(0, 1)
         rows = torch.bincount(cell, minlength=num)
         last = torch.full((num,), -1).scatter_reduce_(0, cell, grid.place // stride, "amax")
-        in_cells = q.view(num, stride, *q.shape[1:]).permute(2, 0, 1, 3)
-        return _Cells(in_cells, ctx.scale / rows.clamp(min=1), last, per_block)
+        return _Cells(q.view(heads, num, stride * dim), ctx.scale / rows.clamp(min=1), last, per_block)
 
 
-def _key_cells(ctx: PlanContext, grid: Grid, stride: int) -> Tensor:
-    """[Hkv, cells, stride D]: the keys of each cell beside each other, zeros past the last entry."""
+def _key_cells(ctx: PlanContext, grid: Grid, stride: int, alternating: bool) -> Tensor:
+    """[Hkv, cells, stride D]: the keys of each cell beside each other, zeros past the last entry.
+
+    The product with a cell's rows, the last of which is first, sums q[i] k[j] over i + j = stride - 1. With
+    `alternating` odd cells begin with their last key: i + j = stride - 2 modulo stride, and distances there are even.
+    """
     keys = ctx.keys()[:, : grid.num_entries].to(ctx.q.dtype)
     keys = pad(keys, (0, 0, 0, grid.num_blocks * grid.blk - keys.shape[1]))
-    return keys.reshape(len(keys), -1, stride * keys.shape[2])
-
-
-def _antidiagonals(q: Tensor, k: Tensor, alternating: bool) -> Tensor:
-    """q [G, M, S, D], k [N, S D] -> f32 [G, M, N]: sums of q[m, i] k[n, j] over i + j = S - 1.
-
-    With `alternating` i + j = S - 2 modulo S in odd key cells, so that distances there are even.
-    """
-
-    def product(order: Tensor, keys: Tensor) -> Tensor:
-        return (q[:, :, order].flatten(2).flatten(0, 1) @ keys.T).float().view(*q.shape[:2], -1)
-
-    order = torch.arange(q.shape[2] - 1, -1, -1)
-    if not alternating:
-        return product(order, k)
-    made = torch.empty(*q.shape[:2], len(k))
-    made[..., 0::2], made[..., 1::2] = product(order, k[0::2]), product(order.roll(-1), k[1::2])
-    return made
+    cells = keys.view(len(keys), -1, stride, keys.shape[2])
+    if alternating:
+        cells = torch.where((torch.arange(cells.shape[1]) % 2 == 1)[:, None, None], cells.roll(1, 2), cells)
+    return cells.flatten(2)
 
 
 def _strips(grid: Grid, stride: int) -> Iterator[tuple[slice, int]]:

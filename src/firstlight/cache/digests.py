@@ -65,7 +65,7 @@ class Digests:
     def _make(self, name: str, blocks: Ids, count: Ids) -> None:
         have = self._count[name]
         where = torch.from_numpy(blocks.astype(np.int64))
-        keys = self._layout.read_blocks(where[None])[0][0]
+        keys = self._layout.read_keys(where[None])[0]
         keys = keys.view(len(blocks), BLOCK, -1)
         made = DIGESTS[name](keys, torch.from_numpy(count.astype(np.int64)))
         if name not in self._made:  # zeros take memory only where they are written

@@ -60,7 +60,7 @@ class Planning:
             num_kv_heads=model.config.num_kv_heads,
             prompt_len=live.num_prompt,
             is_last_chunk=m.final,
-            keys=lambda: live.kv.pool.layout.read_blocks(view.table)[0][:, : max(view.length)],
+            keys=lambda: live.kv.pool.layout.read_keys(view.table)[:, : max(view.length)],
             state=live.planner_state,
             place=_place(live, layer, m.tok),
             scale=model.scale,

@@ -172,7 +172,7 @@ class Sight:
         call, group = self.call, len(self.lists[1])
         heads = slice(self.kv_head * group, (self.kv_head + 1) * group)
         table = call.kv[0].table[self.kv_head : self.kv_head + 1]
-        keys = call.layout.read_blocks(table)[0][0, : len(self.entries)].float()
+        keys = call.layout.read_keys(table)[0, : len(self.entries)].float()
         scores = call.q[self.rows, heads].float().transpose(0, 1) @ keys.T * call.scale
         if call.score_cap is not None:
             scores = call.score_cap * torch.tanh(scores / call.score_cap)

@@ -59,12 +59,13 @@ class KVLayout:
 
     def read_blocks(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [H, 64 nb, D] of blocks i32 [H, nb]: row-major copies."""
-        heads, nb = table.shape
-        blocks = table.reshape(-1)
-        k = self.k.index_select(0, blocks).transpose(1, 2)
-        v = self.v.index_select(0, blocks).transpose(2, 3)
-        shape = (heads, nb * BLOCK, self.head_dim)
-        return k.reshape(shape), v.reshape(shape)
+        keys = self.read_keys(table)
+        return keys, self.v.index_select(0, table.reshape(-1)).transpose(2, 3).reshape(keys.shape)
+
+    def read_keys(self, table: Tensor) -> Tensor:
+        """k [H, 64 nb, D] alone; a pair is copied as the word that it is."""
+        words = self.k.view(torch.int32).squeeze(-1).index_select(0, table.reshape(-1)).transpose(1, 2).contiguous()
+        return words.view(self.dtype).view(table.shape[0], table.shape[1] * BLOCK, self.head_dim)
 
     def clear(self, blocks: Tensor) -> None:
         """Zero whole blocks i64 [n]."""
