@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "dispatch.h"
+#include "tape.h"
 
 namespace nb = nanobind;
 using namespace firstlight;
@@ -58,14 +59,17 @@ int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers>
         lists.band = at<int32_t>(p[7]), lists.blk_ptr = at<int32_t>(p[8]), lists.blk_idx = at<int32_t>(p[9]);
         lists.col_ptr = at<int32_t>(p[10]), lists.col_idx = at<int32_t>(p[11]);
         lists.skip_log = at<float>(p[12]), lists.scan = p[13];
-        a.plan = &lists;
     }
     if (probe) {
         const int64_t *p = probe->data(), n = a.num_requests;
         a.probe_first = p, a.probe_sums = (float* const*)(p + n), a.probe_len = p + 2 * n;
     }
+    if (recorder && (plan || probe)) recorder->is_whole = false;  // their lists are this call's alone
     nb::gil_scoped_release free;
-    return active->attend(a, bf16);
+    return perform([kernels = active, a, lists, listed = plan.has_value(), bf16]() mutable {
+        a.plan = listed ? &lists : nullptr;
+        return kernels->attend(a, bf16);
+    });
 }
 
 float* as(Address a) { return at<float>(a); }
@@ -80,7 +84,7 @@ auto row_operator() {
               bool bf16, Address in_scale, Address out_scale, Address smooth, Own... own) {
         const RowArgs common{at<void>(in), at<void>(out), in_row, out_row, rows, width, threads,
                              bf16, as(in_scale), as(out_scale), as(smooth)};
-        (active->*op)(common, as(own)...);
+        perform([=, kernels = active] { (kernels->*op)(common, as(own)...); });
     };
 }
 
@@ -102,9 +106,10 @@ NB_MODULE(_native, m) {
     m.def(
         "write_kv",
         [](Address k, Address v, int64_t k_row, int64_t v_row, Address k_blocks, Address v_blocks, Address slots, int64_t rows, int64_t heads, int64_t dim, int threads, bool bf16) {
-            active->write_kv({at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16});
+            const KVArgs call{at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16};
+            perform([=, kernels = active] { kernels->write_kv(call); });
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        unlocked);
     m.def("trim", [] {  // give free memory back to the system
 #if defined(__GLIBC__)
         malloc_trim(0);
@@ -113,7 +118,24 @@ NB_MODULE(_native, m) {
     m.def(
         "matmul",
         [](Address x, Address w, Address out, int64_t x_row, int64_t out_row, int64_t rows, int64_t width, int64_t outputs, int threads, int weights, bool wide, Address scale, Address start) {
-            active->matmul({at<void>(x), x_row, at<void>(w), at<void>(out), out_row, rows, width, outputs, threads, wide, as(scale), at<int32_t>(start)}, (Weights)weights);
+            const MatmulArgs call{at<void>(x), x_row, at<void>(w), at<void>(out), out_row, rows, width, outputs, threads, wide, as(scale), at<int32_t>(start)};
+            perform([=, kernels = active] { kernels->matmul(call, (Weights)weights); });
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        unlocked);
+    nb::class_<Tape>(m, "Tape", "calls of kernels and of Python's functions, to be made again")
+        .def(nb::init<>())
+        .def_rw("is_whole", &Tape::is_whole, "whether running it does all that was done in the recording")
+        .def("note", [](Tape& tape, nb::callable function, nb::tuple args) {
+            tape.calls.emplace_back([function = std::move(function), args = std::move(args)] {
+                nb::gil_scoped_acquire held;
+                function(*args);
+            });
+        }, nb::arg("function"), nb::arg("args"), "one more call")
+        .def("extend", [](Tape& tape, const Tape& other) {
+            tape.calls.insert(tape.calls.end(), other.calls.begin(), other.calls.end());
+            tape.is_whole &= other.is_whole;
+        }, nb::arg("other"), "what another tape does, afterwards")
+        .def("run", &Tape::run, unlocked, "do it again");
+    m.def("record", [](Tape* tape) { return std::exchange(recorder, tape) != nullptr; }, nb::arg("tape").none(),
+          "from now on this tape notes the thread's calls of kernels; None: nobody does");
 }

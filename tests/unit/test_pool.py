@@ -148,7 +148,7 @@ def test_reservations_are_used_before_anything_else(first: str) -> None:
             slots = kv.slots((layer, layer + 1), tok)
             assert slots is not None
             kv.pool.layout.write(slots[0], k, 2 * k)
-            kv.grow(layer, 70)
+            kv.grow((layer, layer + 1), 70)
         else:
             kv.write(layer, tok, tok, k, 2 * k)
     assert kv.missing((0, 2), 58) == 0 and kv.missing((0, 2), 59) == 4

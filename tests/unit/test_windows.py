@@ -38,7 +38,7 @@ def write(kv: RequestKV, layer: int, first: int, end: int) -> None:
         kv.write(layer, tok, tok, k, 2 * k)
     else:
         kv.pool.layout.write(slots[0], k, 2 * k)
-        kv.grow(layer, end)
+        kv.grow((layer, layer + 1), end)
 
 
 def reads(kv: RequestKV, layer: int, head: int, entries: range) -> bool:

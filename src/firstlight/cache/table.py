@@ -208,10 +208,10 @@ class RequestKV:
         blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
         return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1)))
 
-    def grow(self, layer: int, end: int) -> None:
-        """The layer holds `end` ordinals at least, by now."""
-        if end > self.length[layer, 0]:
-            self.length[layer] = end
+    def grow(self, layers: tuple[int, int], end: int) -> None:
+        """These layers, whose rows are identities, hold `end` ordinals at least, by now."""
+        length = self.length[slice(*layers)]
+        np.maximum(length, end, out=length)
 
     def beyond(self, layer: int, tok: Tensor) -> int:
         """Entries that writing ordinals tok i64 [n] adds at most to a row of the layer."""

@@ -139,9 +139,9 @@ class Batch:
             self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.dtype)
         return self._scratch[name]
 
-    def replay(self, layer: int) -> bool:
-        """Do all of a layer as it was recorded; False: there is no recording, and nothing was done."""
-        return False
+    def replay(self, layer: int, end: int) -> int:
+        """Do layers from this one on as they were recorded, up to `end` at most; the first that is still to be done."""
+        return layer
 
     def recording(self, layer: int) -> AbstractContextManager[None]:
         """Around a layer: have it recorded, if it can be."""

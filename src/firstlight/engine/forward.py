@@ -84,6 +84,8 @@ class Pass:
         self._sourced = any(live.spans for live in self.lives)
         self._fine = True
         """Whether to stop inside layers."""
+        self._stride = 1
+        """Layers between two stops, where they are replayed."""
 
     @property
     def is_abandoned(self) -> bool:
@@ -113,14 +115,17 @@ class Pass:
     def _through(self) -> Iterator[Stop]:
         begin = {segment.layer[0] for _, segment in self._segments}
         end = {segment.layer[1] for _, segment in self._segments}
-        for layer in range(min(begin), max(end)):
+        layer = min(begin)
+        while layer < max(end):
             if layer in begin or any(live.cancelled for live in self.lives):
                 self._join(layer)
+            reached = layer + 1
             if self._members:
-                yield from self._layer(layer)
-                if layer + 1 in end:
-                    yield from self._leave(layer + 1)
-            yield Stop("layer", layer, "end")
+                reached = yield from self._layers(layer, min(n for n in begin | end if n > layer))
+                if reached in end:
+                    yield from self._leave(reached)
+            yield Stop("layer", reached - 1, "end")
+            layer = reached
 
     # --- rows come and go ---------------------------------------------------------------------------------------------
 
@@ -189,21 +194,26 @@ class Pass:
 
     # --- one layer ----------------------------------------------------------------------------------------------------
 
-    def _layer(self, layer: int) -> Iterator[Stop]:
+    def _layers(self, layer: int, end: int) -> Generator[Stop, None, int]:
+        """One layer, or those up to `end` that replay in one go; returns the first that is still to be done."""
         if self._sourced:
             self._load(layer)
         aside = self._before(layer) if self._governed else []
         batch = self._batch or self._gather()
-        if not batch.replay(layer):
-            with batch.recording(layer):
-                yield from self._compute(layer, batch, aside)
+        if (reached := batch.replay(layer, min(layer + self._stride, end))) > layer:
+            return reached
+        with batch.recording(layer):
+            yield from self._compute(layer, batch, aside)
+        return layer + 1
 
     def _gather(self) -> Batch:
         """The members' rows as a batch, and whether to stop inside its layers; a steady one, if that may be."""
         machine, members = self.machine, self._members
         rows = sum(len(m.tok) for m in members)
         pairs = sum(int(m.tok.sum()) for m in members) + rows
-        self._fine = self.unit.yield_at in _INSIDE_LAYERS or machine.seconds(rows, pairs) > SLICE_S
+        seconds = machine.seconds(rows, pairs)
+        self._fine = self.unit.yield_at in _INSIDE_LAYERS or seconds > SLICE_S
+        self._stride = max(int(SLICE_S / seconds), 1) if self.unit.yield_at == "none" else 1
         steady = None if self._fine else machine.steady.batch(members)
         self._batch = steady or Batch(members, machine.model)
         return self._batch
@@ -290,7 +300,7 @@ class Pass:
         if (slots := batch.slots(layer)) is not None:
             batch.layout.write(slots, k, v)
             for m in batch.members:
-                m.live.kv.grow(layer, m.segment.tok[1])
+                m.live.kv.grow((layer, layer + 1), m.segment.tok[1])
             return
         for m in batch.members:
             self._upsert(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])

@@ -76,8 +76,8 @@ class Arena:
         """Of each layer, for all rows: i64 [size, ..]."""
         self._ends = seen[:, :, -c.num_kv_heads :]
         self.memory = Memory()
-        self.tapes: dict[tuple[int, int, int], Tape] = {}
-        """By layer, rows and threads."""
+        self.tapes: dict[tuple[int, int, int, int], Tape] = {}
+        """By layers [first, end), rows and threads."""
         self._rows: dict[int, AttnRows] = {}
         self._tables: list[Any] = [None] * size
         self._batch: weakref.ref[Batch] | None = None
@@ -131,24 +131,40 @@ class SteadyBatch(Batch):
         self.tok = self.pos = arena.tok[: self.n]
         self._scratch["attended"] = arena.attended
 
-    def replay(self, layer: int) -> bool:
-        tape = self._arena.tapes.get((layer, self.n, torch.get_num_threads()))
-        if tape is None or not tape.is_whole:
-            return False
+    def replay(self, layer: int, end: int) -> int:
+        tape = self._tape(layer, end) or self._tape(layer, end := layer + 1)
+        if tape is None:
+            return layer
         tape.run()
         for m in self.members:
-            m.live.kv.grow(layer, m.segment.tok[1])
-        return True
+            m.live.kv.grow((layer, end), m.segment.tok[1])
+        return end
 
     @contextlib.contextmanager
     def recording(self, layer: int) -> Iterator[None]:
-        key = (layer, self.n, torch.get_num_threads())
+        key = self._key(layer, layer + 1)
         if key in self._arena.tapes:  # it can't be replayed
             yield
             return
         with recording(self._arena.memory) as tape:
             yield
         self._arena.tapes[key] = tape
+
+    def _key(self, layer: int, end: int) -> tuple[int, int, int, int]:
+        return layer, end, self.n, torch.get_num_threads()
+
+    def _tape(self, layer: int, end: int) -> Tape | None:
+        """Of these layers, joined from theirs when first asked for; None if one of them can't be replayed."""
+        tapes, key = self._arena.tapes, self._key(layer, end)
+        if key not in tapes:
+            parts = [tapes.get(self._key(n, n + 1)) for n in range(layer, end)]
+            whole = [part for part in parts if part is not None and part.is_whole]
+            if len(whole) < end - layer:
+                return None
+            tapes[key] = Tape()
+            for part in whole:
+                tapes[key].extend(part)
+        return tapes[key] if tapes[key].is_whole else None
 
     def blocks(self, step: int) -> list[Block]:
         return self._arena.blocks

@@ -10,9 +10,8 @@ there is no tape.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,27 +19,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from firstlight.kernels.native import lib
 
-_OVERHEARING = threading.Lock()
-"""The kernels' module is one for all threads."""
 _EMPTY = torch.ops.aten.empty.memory_format
+if TYPE_CHECKING or lib is None:
 
+    class Tape:
+        """Calls in their order, with operands that stay where they are (csrc/tape.h)."""
 
-class Tape:
-    """Calls in their order, with operands that stay where they are."""
-
-    def __init__(self) -> None:
-        self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
-        self.is_whole = True
+        is_whole = True
         """Whether running it does all that was done in the recording."""
 
-    def note(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
-        """One more."""
-        self._calls.append((function, args))
+        def note(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+            """One more, of Python's own."""
 
-    def run(self) -> None:
-        """Do it again."""
-        for function, args in self._calls:
-            function(*args)
+        def extend(self, other: Tape) -> None:
+            """What another tape does, afterwards."""
+
+        def run(self) -> None:
+            """Do it again, without Python's lock."""
+
+else:
+    Tape = lib.Tape
 
 
 class Memory:
@@ -67,9 +65,14 @@ class Memory:
 @contextlib.contextmanager
 def recording(memory: Memory) -> Iterator[Tape]:
     """The tape of what this thread does inside; it is whole, or not, at the end."""
+    assert lib is not None
     tape = Tape()
-    with _OVERHEARING, _overheard(tape), _Operators(tape, memory):
-        yield tape
+    lib.record(tape)
+    try:
+        with _Operators(tape, memory):
+            yield tape
+    finally:
+        lib.record(None)
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -109,27 +112,3 @@ def _aliases(values: Any) -> list[bool | None]:
 
 def _bound(func: Any, how: Mapping[str, Any]) -> Callable[..., object]:
     return (lambda *args: func(*args, **how)) if how else func
-
-
-@contextlib.contextmanager
-def _overheard(tape: Tape) -> Iterator[None]:
-    """While this lasts the tape notes this thread's calls of kernels."""
-    mine = threading.get_ident()
-
-    def heard(kernel: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: Any) -> object:
-            if threading.get_ident() == mine:
-                tape.note(kernel, args)
-            return kernel(*args)
-
-        return call
-
-    names = [name for name in dir(lib) if name[0] != "_" and callable(getattr(lib, name))]
-    kernels = {name: getattr(lib, name) for name in names}
-    try:
-        for name, kernel in kernels.items():
-            setattr(lib, name, heard(kernel))
-        yield
-    finally:
-        for name, kernel in kernels.items():
-            setattr(lib, name, kernel)
