@@ -29,7 +29,8 @@ from firstlight.kernels.dispatch import cap_instruction_set
 from firstlight.llm_document import Document, Model
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
-from firstlight.models.weights.store import load_weights
+from firstlight.models.weights.store import kept
+from firstlight.models.weights.values import Weights
 from firstlight.prompt.encoder import Encoder, Messages, Names, Prompt, Tools
 from firstlight.prompt.tokenizer import Tokenizer
 
@@ -68,12 +69,14 @@ class LLM:
         checkpoint = open_checkpoint(path)
         self.model_name, self.config = str(model), checkpoint.config
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
-        weights = load_weights(
-            checkpoint,
-            DTYPES[self.options.precision],
+        weights = Weights(checkpoint, DTYPES[self.options.precision])
+        keep = partial(
+            kept,
+            checkpoint.digest,
+            expected=weights.nbytes // (2 if self.options.precision == "int8" else 1),
             progress=lambda share: self._progress(Progress("load", share, 1.0)),
         )
-        self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest)
+        self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest, keep)
         self.engine.on_stop = self._on_stop
         self.answers = Answers(self.engine, self.tokenizer, self.model_name, asdict(self.options))
         self.encoder = Encoder(self.tokenizer, self.model_name, marks=self.answers.editing.is_on)

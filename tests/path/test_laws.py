@@ -18,7 +18,7 @@ from firstlight.kernels.dispatch import fastest
 from firstlight.models.decoder import Decoder
 from firstlight.models.families import FAMILIES, build_model
 from firstlight.models.weights.checkpoint import open_checkpoint
-from firstlight.models.weights.store import load_weights
+from firstlight.models.weights.values import Weights
 from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled, scheduled
 from tests.path.laws import Everything
 from tests.tiny import tiny_model
@@ -45,7 +45,7 @@ def deep(request: pytest.FixtureRequest) -> Decoder:
 @pytest.fixture(scope="module", params=list(DTYPES))
 def real(request: pytest.FixtureRequest, smollm2_path) -> Decoder:
     checkpoint = open_checkpoint(smollm2_path)
-    return build_model(checkpoint.config, load_weights(checkpoint, DTYPES[request.param]), fastest(64))
+    return build_model(checkpoint.config, Weights(checkpoint, DTYPES[request.param]), fastest(64))
 
 
 def example(seed: int, lengths: list[int], vocabulary: int) -> list[Asked]:

@@ -22,7 +22,7 @@ from firstlight.engine.build import build_engine
 from firstlight.models.weights import hub
 from firstlight.models.weights.checkpoint import Checkpoint, open_checkpoint
 from firstlight.models.weights.gguf import GGUFFile
-from firstlight.models.weights.store import load_weights
+from firstlight.models.weights.values import Weights
 
 T, NEW = 512, 64
 slow = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="slow: `make test-all` runs it")
@@ -51,7 +51,7 @@ def some_ids(path: Path, space: str, newline: str) -> list[int]:
 def ours(checkpoint: Checkpoint, precision: str, ids: list[int], new: int) -> tuple[torch.Tensor, list[int]]:
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[precision]
     options = Options(precision=precision, max_num_seqs=1, max_model_len=T + NEW + 1)
-    engine = build_engine(checkpoint.config, load_weights(checkpoint, dtype), options, "real")
+    engine = build_engine(checkpoint.config, Weights(checkpoint, dtype), options, "real")
     logits = torch.full((T, checkpoint.config.vocab_size), torch.nan)
     sink = lambda tok, block: logits.index_copy_(0, tok, block)  # noqa: E731
     sampling = SamplingParams(max_tokens=new, ignore_eos=True)
@@ -81,7 +81,7 @@ def theirs(checkpoint: Checkpoint) -> PreTrainedModel:
         model: PreTrainedModel = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=c.window))
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**sizes, rope_theta=c.rope_theta))
-    model.load_state_dict(load_weights(checkpoint, torch.float32), strict=False, assign=True)
+    model.load_state_dict(dict(Weights(checkpoint, torch.float32)), strict=False, assign=True)
     model.tie_weights()
     return model.eval()
 

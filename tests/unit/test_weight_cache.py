@@ -1,4 +1,4 @@
-"""The cache of unpacked weights: used when it is right, rebuilt when it is not, bounded, and done without."""
+"""The cache of packed weights: used when it is right, rebuilt when it is not, bounded, and done without."""
 
 from __future__ import annotations
 
@@ -6,38 +6,42 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from firstlight.core.errors import UserError
 from firstlight.models.weights import digest, store
-from firstlight.models.weights.store import cache_bound, cache_size, load_weights
+from firstlight.models.weights.store import cache_bound, cache_size, kept
 
-SHAPES = {"model.embed_tokens.weight": (5, 3), "model.norm.weight": (3,), "lm_head.weight": (7, 3)}
+SHAPES = {"norm": ((3,), torch.float32), "0.qkv/panels": ((5, 3), torch.bfloat16), "0.qkv/scale": ((7,), torch.int8)}
 
 
 class Tiny:
-    """A checkpoint that counts how often it is unpacked. Odd sizes: nothing is aligned by luck."""
+    """A model's pieces; counts how often they are made. Odd sizes: nothing is aligned by luck."""
 
     def __init__(self, name: str = "a") -> None:
         self.digest = (name * 64)[:64]
-        self.shapes = SHAPES
-        self.reads = 0
+        self.made = 0
 
-    def names(self) -> list[str]:
-        return list(SHAPES)
+    def pieces(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, (shape, dtype) in SHAPES.items():
+            self.made += 1
+            generator = torch.Generator().manual_seed(len(name) + ord(self.digest[0]))  # its own: threads call this
+            yield name, (torch.randn(shape, generator=generator) * 9).to(dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        self.reads += 1
-        generator = torch.Generator().manual_seed(len(name) + ord(self.digest[0]))  # its own: threads call this
-        return torch.randn(SHAPES[name], generator=generator)
+
+def load(model: Tiny, layout: str = "panels", progress: Callable[[float], None] | None = None) -> Any:
+    return kept(model.digest, layout, model.pieces, expected=NBYTES, progress=progress)
+
+
+NBYTES = 12 + 30 + 7
 
 
 @pytest.fixture(autouse=True)
@@ -47,29 +51,45 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "weights"
 
 
-def check(loaded: dict[str, torch.Tensor], model: Tiny, dtype: torch.dtype) -> None:
-    assert list(loaded) == list(SHAPES)
+def check(loaded: Mapping[str, torch.Tensor], model: Tiny) -> None:
+    want = dict(Tiny(model.digest[0]).pieces())
+    assert list(loaded) == list(want)
     for name, tensor in loaded.items():
-        assert tensor.dtype == (torch.float32 if tensor.dim() == 1 else dtype)
-        assert torch.equal(tensor, model.tensor(name).to(tensor.dtype))
+        assert tensor.dtype == want[name].dtype and torch.equal(tensor, want[name])
+        assert tensor.data_ptr() % 64 == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_the_second_start_unpacks_nothing(cache, dtype):
+def test_the_second_start_makes_nothing(cache):
     model, shares = Tiny(), []
-    check(load_weights(model, dtype, progress=shares.append), model, dtype)
-    assert shares == pytest.approx([1 / 3, 2 / 3, 1])
+    check(load(model, progress=shares.append), model)
+    assert shares == pytest.approx([12 / NBYTES, 42 / NBYTES, 1])
     again = Tiny()
-    loaded = load_weights(again, dtype, progress=shares.append)
-    assert (again.reads, len(shares)) == (0, 3)
-    check(loaded, again, dtype)
+    loaded = load(again, progress=shares.append)
+    assert (again.made, len(shares)) == (0, 3)
+    check(loaded, again)
     [file] = cache.iterdir()
     assert file.stat().st_size == cache_size()
-    check({name: load_file(file)[name] for name in SHAPES}, again, dtype)  # it is a plain safetensors file
+
+
+def test_an_untouched_file_is_not_read_before_it_is_needed(monkeypatch):
+    load(Tiny())
+    monkeypatch.setattr(store, "_checksum", lambda data: pytest.fail("all of it was read"))
+    check(load(Tiny()), Tiny())
+
+
+def test_a_copied_file_is_read_once(cache, monkeypatch):
+    load(Tiny())
+    [file] = cache.iterdir()
+    file.write_bytes(file.read_bytes())
+    again = Tiny()
+    load(again)
+    assert again.made == 0
+    monkeypatch.setattr(store, "_checksum", lambda data: pytest.fail("read again"))
+    load(again)
 
 
 def test_changing_loaded_weights_does_not_change_the_cache(cache):
-    loaded = load_weights(Tiny(), torch.float32)
+    loaded = load(Tiny())
     [file] = cache.iterdir()
     before = file.read_bytes()
     for tensor in loaded.values():
@@ -77,11 +97,24 @@ def test_changing_loaded_weights_does_not_change_the_cache(cache):
     assert file.read_bytes() == before
 
 
-def test_models_and_dtypes_do_not_meet(cache):
+def test_models_and_layouts_do_not_meet(cache):
     for name in "ab":
-        for dtype in (torch.float32, torch.bfloat16):
-            check(load_weights(Tiny(name), dtype), Tiny(name), dtype)
+        for layout in ("bf16-panels", "int8-rows"):
+            check(load(Tiny(name), layout), Tiny(name))
     assert len(list(cache.iterdir())) == 4
+    first, second = sorted(cache.iterdir())[:2]
+    shutil.copy2(first, second)  # another layout's file in this one's place
+    model = Tiny(first.name[0])
+    load(model, second.name.partition("-")[2].removesuffix(".packed"))
+    assert model.made == 3
+
+
+def test_another_versions_file_is_made_anew(monkeypatch):
+    load(Tiny())
+    monkeypatch.setattr(store, "_LAYOUT", store._LAYOUT + 1)
+    again = Tiny()
+    check(load(again), again)
+    assert again.made == 3
 
 
 def damages(size: int) -> list[Callable[[bytes], bytes]]:
@@ -94,27 +127,28 @@ def damages(size: int) -> list[Callable[[bytes], bytes]]:
 
 
 def test_any_damage_is_seen_and_repaired(cache):
-    load_weights(Tiny(), torch.bfloat16)
+    load(Tiny())
     [file] = cache.iterdir()
     good = file.read_bytes()
     for damage in damages(len(good)):
         file.unlink()
         file.write_bytes(damage(good))
         model = Tiny()
-        loaded = load_weights(model, torch.bfloat16)
-        assert model.reads == 3
-        check(loaded, model, torch.bfloat16)
-        assert file.read_bytes() == good
+        loaded = load(model)
+        assert model.made == 3
+        check(loaded, model)
+        load(again := Tiny())
+        assert again.made == 0
 
 
 def test_the_least_recently_used_goes_first(cache, monkeypatch):
     for name in "abc":
-        load_weights(Tiny(name), torch.float32)
-        os.utime(cache / f"{name * 16}-f32.safetensors", (ord(name), ord(name)))
+        load(Tiny(name))
+        os.utime(cache / f"{name * 16}-panels.packed", (ord(name), ord(name)))
     one = cache_size() // 3
-    load_weights(Tiny("a"), torch.float32)  # used again: b is now the oldest
+    load(Tiny("a"))  # used again: b is now the oldest
     monkeypatch.setenv("FIRSTLIGHT_CACHE_BYTES", str(3 * one))
-    load_weights(Tiny("d"), torch.float32)
+    load(Tiny("d"))
     assert sorted(path.name[0] for path in cache.iterdir()) == ["a", "c", "d"]
     assert cache_size() <= cache_bound()
 
@@ -125,7 +159,7 @@ def test_abandoned_partial_files_go_and_fresh_ones_stay(cache):
     for path in (old, fresh):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    load_weights(Tiny(), torch.float32)
+    load(Tiny())
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
@@ -135,11 +169,11 @@ def no_space(*_: object) -> None:
 
 def blocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
     if how == "bound":
-        monkeypatch.setenv("FIRSTLIGHT_CACHE_BYTES", "100")
+        monkeypatch.setenv("FIRSTLIGHT_CACHE_BYTES", "40")
     elif how == "free space":
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     elif how == "full disk":
-        monkeypatch.setattr(store._Plan, "write", no_space)
+        monkeypatch.setattr(store, "_write", no_space)
     else:
         (tmp_path / "file").write_text("not a directory")
         monkeypatch.setenv("FIRSTLIGHT_CACHE", str(tmp_path / "file"))
@@ -149,7 +183,7 @@ def blocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
 def test_without_a_cache_it_goes_on_with_one_warning(cache, monkeypatch, tmp_path, caplog, how):
     blocked(monkeypatch, tmp_path, how)
     model = Tiny()
-    check(load_weights(model, torch.bfloat16), model, torch.bfloat16)
+    check(load(model), model)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "not cached" in caplog.text
     assert not cache.exists() or not list(cache.iterdir())
@@ -157,7 +191,7 @@ def test_without_a_cache_it_goes_on_with_one_warning(cache, monkeypatch, tmp_pat
 
 def test_zero_bytes_switch_it_off_quietly(cache, monkeypatch, caplog):
     monkeypatch.setenv("FIRSTLIGHT_CACHE_BYTES", "0")
-    check(load_weights(Tiny(), torch.bfloat16), Tiny(), torch.bfloat16)
+    check(load(Tiny()), Tiny())
     assert not caplog.records
     monkeypatch.setenv("FIRSTLIGHT_CACHE_BYTES", "8GB")
     with pytest.raises(UserError, match="FIRSTLIGHT_CACHE_BYTES='8GB' is not a number of bytes"):
@@ -170,20 +204,20 @@ def test_an_interrupted_first_start_leaves_nothing(cache):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_weights(Tiny(), torch.bfloat16, progress=interrupt)
+        load(Tiny(), progress=interrupt)
     assert not list(cache.iterdir())
 
 
 def test_writers_at_the_same_time_agree(cache):
     barrier = Barrier(4)
 
-    def start(_: int) -> dict[str, torch.Tensor]:
+    def start(_: int) -> Any:
         barrier.wait()
-        return load_weights(Tiny(), torch.bfloat16)
+        return load(Tiny())
 
     with ThreadPoolExecutor(4) as pool:
         for loaded in pool.map(start, range(4)):
-            assert all(torch.equal(tensor, Tiny().tensor(name).to(tensor.dtype)) for name, tensor in loaded.items())
+            check(loaded, Tiny())
     assert len(list(cache.iterdir())) == 1
 
 

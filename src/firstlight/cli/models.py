@@ -26,7 +26,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document ins
 
 @app.command("list")
 def list_models(as_json: _Json = False) -> None:
-    """Known models, which of them are on this machine, and the cache of unpacked weights.
+    """Known models, which of them are on this machine, and the cache of packed weights.
 
     firstlight models list
     """
@@ -41,7 +41,7 @@ def list_models(as_json: _Json = False) -> None:
         )
     _console().print(table)
     cache = report["weight_cache"]
-    typer.echo(f"unpacked weights: {_mib(cache['nbytes'])} of {_mib(cache['max_nbytes'])} in {cache['path']}")
+    typer.echo(f"packed weights: {_mib(cache['nbytes'])} of {_mib(cache['max_nbytes'])} in {cache['path']}")
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 
 import torch
@@ -27,20 +27,29 @@ from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
 from firstlight.models.calibration import measure, remember, remembered
 from firstlight.models.config import ModelConfig
-from firstlight.models.families import build_model
+from firstlight.models.decoder import Decoder
+from firstlight.models.families import FAMILIES, build_model
 from firstlight.reuse.prefix import PrefixCache
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "int8": torch.bfloat16}
 """The type that weights come in, and that of activations and KV."""
 
 
-def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Options, digest: str) -> Engine:
-    """An engine over a model's weights (in the options' precision). Raises UserError on settings that can't be."""
+Keep = Callable[[str, Callable[[], Iterable[tuple[str, Tensor]]]], Mapping[str, Tensor]]
+"""(layout, what makes the pieces) -> the pieces by name: made, or kept from an earlier start (weights/store.py)."""
+
+
+def build_engine(
+    config: ModelConfig, weights: Mapping[str, Tensor], options: Options, digest: str, keep: Keep | None = None
+) -> Engine:
+    """An engine over a model's weights (in the options' precision). Raises UserError on settings that can't be.
+
+    `weights` are read only where `keep` hasn't what is made of them.
+    """
     ops = fastest(config.head_dim)
     parts = make_parts(options.methods, config.facts(digest))
     max_len = min(options.max_model_len or config.max_context, config.max_context)
-    int8 = _spread(config, weights, ops, digest) if options.precision == "int8" else None
-    model = build_model(config, weights, ops, served=max_len, int8=int8)
+    model = _model(config, weights, options, digest, keep or _unkept, ops, max_len)
     if options.deterministic and (broken := ops.dependent_linears(model.linears)):
         raise UserError(
             f"--deterministic can't hold: {', '.join(sorted(broken))} change bits with rows or threads; "
@@ -77,10 +86,33 @@ def build_engine(config: ModelConfig, weights: Mapping[str, Tensor], options: Op
     )
 
 
+def _model(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    options: Options,
+    digest: str,
+    keep: Keep,
+    ops: ModuleType,
+    max_len: int,
+) -> Decoder:
+    family, int8 = FAMILIES[config.architecture], options.precision == "int8"
+    if int8 and not torch.cpu._is_vnni_supported():
+        raise UserError("--precision int8 needs a processor with 8-bit dot products (VNNI); choose bf16 or f32 here")
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        spread = _spread(config, weights, ops, digest) if int8 else None
+        return family.prepared(config, weights, ops, spread)
+
+    layout = f"{options.precision}-{ops.layout(DTYPES[options.precision])}"
+    return family(config, keep(layout, pieces), ops, served=max_len, int8=int8)
+
+
+def _unkept(layout: str, pieces: Callable[[], Iterable[tuple[str, Tensor]]]) -> Mapping[str, Tensor]:
+    return dict(pieces())
+
+
 def _spread(config: ModelConfig, weights: Mapping[str, Tensor], ops: ModuleType, digest: str) -> Mapping[str, Tensor]:
     """What the model's linears read, for int8 ones: measured once, on a model in bfloat16 that is gone afterwards."""
-    if not torch.cpu._is_vnni_supported():
-        raise UserError("--precision int8 needs a processor with 8-bit dot products (VNNI); choose bf16 or f32 here")
     spread = remembered(digest)
     if spread is None:
         spread = measure(build_model(config, weights, ops))

@@ -1,7 +1,7 @@
 """What linears read, measured once for each model: how the work of an int8 product is divided between its operands.
 
 The model runs in bfloat16 over some made-up tokens; of every linear's input the mean square of each channel is kept, on
-disk beside the unpacked weights. No text is needed: which channels are large is the model's habit, not the prompt's.
+disk beside the packed weights. No text is needed: which channels are large is the model's habit, not the prompt's.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ has, how model files state its settings, and the steps that it does in another w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -29,8 +28,11 @@ LayerTensors = dict[str, tuple[str, tuple[int, ...]]]
 Settings = dict[str, Any]
 """Fields of `ModelConfig` by name."""
 Rows = Tensor | Rows8
+Spread = Mapping[str, Tensor]
+"""Name of a linear -> mean square of each channel of its input, f32 [I]."""
 _NEVER_INT8 = ("head", "router")
 """Linears whose output is compared: a small error changes a choice."""
+_EMBEDDING, _NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
 class Decoder:
@@ -79,31 +81,52 @@ class Decoder:
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def prepared(
+        cls, config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType, int8: Spread | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What a model is made of, ready to be kept: small tensors by their names, linears packed for the backend.
+
+        Each of `weights` is asked for once, layer by layer. `int8`: what linears were seen to read
+        (models/calibration.py), if they are to be int8.
+        """
+        linears = _linears_of(backend, int8)
+        yield _NORM, weights[_NORM]
+        if not config.tie_head:
+            yield _EMBEDDING, weights[_EMBEDDING]
+        yield from _parts(linears, "head", [weights[_head_name(config)]])
+        names = cls.layer_tensors(config)
+        for i in range(config.num_layers):
+            layer = {name: weights[f"model.layers.{i}.{name}"] for name in names}
+            yield from ((f"{i}.{name}", w) for name, w in layer.items() if w.dim() == 1)
+            for name, joined in cls._linears(layer).items():
+                yield from _parts(linears, f"{i}.{name}", joined)
+
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        pieces: Mapping[str, Tensor],
         backend: ModuleType,
         served: int | None = None,
-        int8: Mapping[str, Tensor] | None = None,
+        int8: bool = False,
     ) -> None:
-        """`served`: the longest context that will be seen, in tokens; None = the model's.
-
-        `int8`: what linears were seen to read (models/calibration.py), if they are to be int8.
-        """
+        """`pieces`: as `prepared` yields them; `served`: the longest context that will be seen; None = the model's."""
         self.config, self.ops = config, backend
         self.scale = config.score_scale or 1 / math.sqrt(config.head_dim)
         self.windows = config.windows
-        head, embedding = weights[_head_name(config)], weights["model.embed_tokens.weight"]
-        self._embedding = None if config.tie_head else embedding.clone()  # no view: the file is let go
-        self.dtype = embedding.dtype
-        self.precision = "int8" if int8 is not None else str(self.dtype).removeprefix("torch.")
-        self.final_gain = self._gain(weights["model.norm.weight"])
-        layers = [_of_layer(weights, i) for i in range(config.num_layers)]
+        self.linears = _linears_of(backend, {} if int8 else None)
+        for name, parts in _by_linear(pieces).items():
+            self.linears.take(name, parts)
+        self.dtype = self.linears.dtype
+        self._embedding = None if config.tie_head else pieces[_EMBEDDING]
+        if self._embedding is not None and backend.layout(self.dtype) == "rows":
+            self._embedding = self._embedding.clone()  # linears were packed anew: nothing else holds the file
+        self.precision = "int8" if int8 else str(self.dtype).removeprefix("torch.")
+        self.final_gain = self._gain(pieces[_NORM])
+        small = [name for name, (_, shape) in self.layer_tensors(config).items() if len(shape) == 1]
+        layers = [{name: pieces[f"{i}.{name}"] for name in small} for i in range(config.num_layers)]
         self._gains = [{n: self._gain(w) for n, w in layer.items() if "norm." in n} for layer in layers]
-        self._bias = [_joined(layer, "bias") for layer in layers]
-        linears = ((f"{i}.{name}", w) for i, layer in enumerate(layers) for name, w in self._linears(layer).items())
-        self.linears = _packed(chain([("head", head)], linears), backend, int8)
+        self._bias = [_joined_biases(layer) for layer in layers]
         self.row_flops = sum(2.0 * math.prod(s) * self._used(name) for name, s in self.linears.shapes.items())
         """Operations of all linears for one row, the head apart."""
         self.layer_flops = self.row_flops / config.num_layers
@@ -224,10 +247,11 @@ class Decoder:
         out: Rows = self.ops.silu_mul(gate_up, scale, smooth)
         return out
 
-    def _linears(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A layer's linears by short names, those that share an input joined: fewer calls, wider products."""
-        gate_up = torch.cat([layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]])
-        return attention_linears(layer) | {"gate_up": gate_up, "down": layer["mlp.down_proj.weight"]}
+    @classmethod
+    def _linears(cls, layer: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """A layer's linears by short names, those that share an input to be joined: fewer calls, wider products."""
+        gate_up = [layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]]
+        return attention_linears(layer) | {"gate_up": gate_up, "down": [layer["mlp.down_proj.weight"]]}
 
     def _used(self, name: str) -> float:
         """The share of rows that go through a linear, the head apart."""
@@ -245,22 +269,30 @@ def tensor_names(family: type[Decoder], c: ModelConfig) -> LayerTensors:
     return tensors if c.tie_head else {**tensors, "lm_head.weight": ("output.weight", (c.vocab_size, c.hidden_size))}
 
 
-def attention_linears(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def attention_linears(layer: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     """The linears around attention; q, k and v share an input."""
-    qkv = _joined(layer, "weight")
-    assert qkv is not None
-    return {"qkv": qkv, "o": layer["self_attn.o_proj.weight"]}
+    return {"qkv": [layer[f"self_attn.{p}_proj.weight"] for p in "qkv"], "o": [layer["self_attn.o_proj.weight"]]}
 
 
-def _joined(layer: Mapping[str, Tensor], kind: str) -> Tensor | None:
-    """q, k and v's weights or biases as one; None if there are none."""
-    names = [f"self_attn.{p}_proj.{kind}" for p in "qkv"]
+def _joined_biases(layer: Mapping[str, Tensor]) -> Tensor | None:
+    """q, k and v's biases as one; None if there are none."""
+    names = [f"self_attn.{p}_proj.bias" for p in "qkv"]
     return torch.cat([layer[name] for name in names]) if names[0] in layer else None
 
 
-def _of_layer(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
-    prefix = f"model.layers.{layer}."
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+def _parts(linears: Any, name: str, joined: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A linear as it is kept: its parts, each under the linear's name and its own."""
+    return ((f"{name}/{part}", tensor) for part, tensor in linears.parts(name, joined).items())
+
+
+def _by_linear(pieces: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The reverse for all linears."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, piece in pieces.items():
+        linear, is_part, part = name.partition("/")
+        if is_part:
+            found.setdefault(linear, {})[part] = piece
+    return found
 
 
 def _tables(c: ModelConfig, served: int) -> list[tuple[Tensor, float]]:
@@ -271,10 +303,10 @@ def _tables(c: ModelConfig, served: int) -> list[tuple[Tensor, float]]:
     return tables
 
 
-def _packed(weights: Iterable[tuple[str, Tensor]], backend: ModuleType, int8: Mapping[str, Tensor] | None) -> Any:
-    """The linears, as the backend runs them."""
-    return backend.PackedLinears(weights) if int8 is None else backend.Int8Linears(weights, int8, _NEVER_INT8, backend)
+def _linears_of(backend: ModuleType, int8: Spread | None) -> Any:
+    """The backend's linears, none yet; int8 ones if it is said what they read."""
+    return backend.PackedLinears() if int8 is None else backend.Int8Linears((), int8, _NEVER_INT8, backend)
 
 
 def _head_name(config: ModelConfig) -> str:
-    return "model.embed_tokens.weight" if config.tie_head else "lm_head.weight"
+    return _EMBEDDING if config.tie_head else "lm_head.weight"

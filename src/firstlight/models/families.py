@@ -10,7 +10,7 @@ from torch import Tensor
 
 from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig
-from firstlight.models.decoder import Decoder
+from firstlight.models.decoder import Decoder, Spread
 from firstlight.models.gemma3 import Gemma3
 from firstlight.models.llama import Llama, Mistral
 from firstlight.models.qwen2 import Qwen2
@@ -42,8 +42,9 @@ def build_model(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     backend: ModuleType,
-    served: int | None = None,
-    int8: Mapping[str, Tensor] | None = None,
+    int8: Spread | None = None,
 ) -> Decoder:
-    """The model of a config, its weights packed for a backend; `served`, `int8`: see `Decoder`."""
-    return FAMILIES[config.architecture](config, weights, backend, served=served, int8=int8)
+    """The model of a config, its weights packed for a backend; `int8`: see `Decoder.prepared`."""
+    family = FAMILIES[config.architecture]
+    pieces = dict(family.prepared(config, weights, backend, int8))
+    return family(config, pieces, backend, int8=int8 is not None)

@@ -80,8 +80,8 @@ class Gemma3(Decoder):
     def from_gguf(cls, c: ModelConfig, name: str, values: Tensor) -> Tensor:
         return values - 1 if name.endswith("norm.weight") else values
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType, **how: Any) -> None:
-        super().__init__(config, weights, backend, **how)
+    def __init__(self, config: ModelConfig, pieces: Mapping[str, Tensor], backend: ModuleType, **how: Any) -> None:
+        super().__init__(config, pieces, backend, **how)
         # As rounded as the embeddings themselves: so the model was trained.
         self._embedding_scale = float(torch.tensor(math.sqrt(config.hidden_size), dtype=self.dtype))
 

@@ -55,12 +55,13 @@ class Qwen3Moe(Qwen3):
             "num_experts_used": f.integer("expert_used_count"),
         }
 
-    def _linears(self, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @classmethod
+    def _linears(cls, layer: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         gate, up, down = (layer[f"mlp.experts.{p}_proj.weight"] for p in ("gate", "up", "down"))
-        linears = attention_linears(layer) | {"router": layer["mlp.gate.weight"]}
+        linears = attention_linears(layer) | {"router": [layer["mlp.gate.weight"]]}
         for expert in range(len(down)):
-            linears[f"{expert}.gate_up"] = torch.cat([gate[expert], up[expert]])
-            linears[f"{expert}.down"] = down[expert]
+            linears[f"{expert}.gate_up"] = [gate[expert], up[expert]]
+            linears[f"{expert}.down"] = [down[expert]]
         return linears
 
     def _mlp(self, layer: int, h: Rows) -> tuple[Tensor, None]:

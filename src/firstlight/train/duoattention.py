@@ -22,7 +22,7 @@ from firstlight.engine.build import DTYPES
 from firstlight.llm import LLM
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
-from firstlight.models.weights.store import load_weights
+from firstlight.models.weights.values import Weights
 from firstlight.train.calibrating import Found, Notebook
 from firstlight.train.passkeys import MOST, Passkeys, Sample
 from firstlight.train.texts import NAME, calibration_text
@@ -159,7 +159,7 @@ def calibrate(llm: LLM, config: Config, notebook: Notebook) -> Found:
     """Train the gates of a model, or go on where a run was stopped. Values: `gates` [layers][Hkv], `steps`, `loss`."""
     checkpoint = open_checkpoint(resolve(llm.model_name))
     check_model(checkpoint.config.facts(checkpoint.digest))
-    gates = Gates(Trunk(checkpoint.config, load_weights(checkpoint, DTYPES[llm.options.precision])), config)
+    gates = Gates(Trunk(checkpoint.config, dict(Weights(checkpoint, DTYPES[llm.options.precision]))), config)
     text = calibration_text()
     passkeys = Passkeys(llm.tokenizer, text, count=config.passkeys, words=config.words, seed=config.seed)
     if done := notebook.read():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from firstlight.kernels.cpu.attention import attend, attend_work, view_numbers
-from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, linear
+from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, layout, linear
 from firstlight.kernels.cpu.ops import add_norm, add_rows, gelu_mul, quantise, rms_norm, rotate, scale_rows, silu_mul
 from firstlight.kernels.torch.ops import dependent_linears
 
@@ -16,6 +16,7 @@ __all__ = [
     "attend_work",
     "dependent_linears",
     "gelu_mul",
+    "layout",
     "linear",
     "quantise",
     "rms_norm",

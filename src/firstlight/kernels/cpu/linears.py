@@ -7,7 +7,7 @@ bf16 and int8 products are left to it, unless `--deterministic` keeps it off the
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from firstlight.kernels.native import lib
 from firstlight.kernels.rows8 import ZERO_POINT
 from firstlight.kernels.torch import int8, ops
-from firstlight.kernels.torch.ops import Product
+from firstlight.kernels.torch.ops import Parts, Product
 
 _PANEL = 64
 _GROUP_BYTES = 4
@@ -35,17 +35,35 @@ class Panels:
 
     def __init__(self, w: Tensor, scale: Tensor | None = None) -> None:
         """`scale`: what a unit of each output is worth, f32 [O], where weights are int8."""
-        self.outputs, self.width = w.shape
-        self._kind = _KINDS[w.dtype]
+        self._set(self.packed(w, scale))
+
+    @classmethod
+    def of(cls, parts: Parts) -> Panels:
+        """What `packed` made, ready to run."""
+        panels = cls.__new__(cls)
+        panels._set(parts)
+        return panels
+
+    @staticmethod
+    def packed(w: Tensor, scale: Tensor | None = None) -> Parts:
+        """The weights as they are kept: panels and shape; of int8 ones outputs' scales and what their sums start at."""
+        outputs, width = w.shape
         group = _GROUP_BYTES // w.element_size()
-        self._missing = -self.width % group
-        more = -self.outputs % _PANEL
-        padded = F.pad(w, (0, self._missing, 0, more)) if self._missing or more else w.contiguous()
+        missing, more = -width % group, -outputs % _PANEL
+        padded = F.pad(w, (0, missing, 0, more)) if missing or more else w.contiguous()
         groups = padded.view(torch.int32).view(-1, _PANEL, padded.shape[1] // group)
-        self._panels = groups.transpose(1, 2).contiguous()
-        self._as_rows = self._panels.view(w.dtype).view(*self._panels.shape, group)
-        self._scale = None if scale is None else F.pad(scale, (0, more))
-        self._start = None if scale is None else padded.sum(1, dtype=torch.int32) * -ZERO_POINT
+        panels = groups.transpose(1, 2).contiguous()
+        parts = {"panels": panels.view(w.dtype).view(*panels.shape, group), "shape": torch.tensor([outputs, width])}
+        if scale is None:
+            return parts
+        start = padded.sum(1, dtype=torch.int32) * -ZERO_POINT
+        return {**parts, "scale": F.pad(scale, (0, more)), "start": start}
+
+    def _set(self, parts: Parts) -> None:
+        self.outputs, self.width = self.shape = tuple(parts["shape"].tolist())
+        self._panels, self._scale, self._start = parts["panels"], parts.get("scale"), parts.get("start")
+        self._kind, group = _KINDS[self._panels.dtype], self._panels.shape[-1]
+        self._missing = -self.width % group
 
     def __call__(self, x: Tensor, wide: bool = False) -> Tensor:
         """x [n, I] -> [n, O], float32 if `wide`; otherwise of x's type, and bf16 where that is bytes around 128."""
@@ -62,16 +80,30 @@ class Panels:
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids i64 [..] -> these outputs' weights [.., I]."""
-        rows = self._as_rows[ids // _PANEL, :, ids % _PANEL]
+        rows = self._panels[ids // _PANEL, :, ids % _PANEL]
         return rows.flatten(-2)[..., : self.width]
+
+
+def layout(dtype: torch.dtype) -> str:
+    """What `PackedLinears.parts` makes of weights of this type, in a word."""
+    return "rows" if dtype != torch.float32 and has_tiles() else "panels"
 
 
 class PackedLinears(ops.PackedLinears):
     """`Linears` over one packed copy of the weights."""
 
-    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
         super().__init__(weights)
         _trim()
+
+    def parts(self, name: str, joined: Sequence[Tensor]) -> Parts:
+        rows = ops.join(joined)
+        return {"rows": rows} if layout(rows.dtype) == "rows" else Panels.packed(rows)
+
+    def take(self, name: str, parts: Parts) -> None:
+        super().take(name, parts)
+        if "panels" in parts:
+            self.dtype = parts["panels"].dtype
 
     def logits(self, x: Tensor) -> Tensor:
         """x [n, I] -> the head's product f32 [n, O]: its sums as they are."""
@@ -83,11 +115,8 @@ class PackedLinears(ops.PackedLinears):
         head = self._packed["head"]
         return head.rows(ids) if isinstance(head, Panels) else super().head_rows(ids)
 
-    def _pack(self, w: Tensor) -> Product:
-        return _product(w)
-
-    def _rows_of(self, head: Tensor) -> Tensor | None:
-        return None if isinstance(self._packed["head"], Panels) else super()._rows_of(head)
+    def _revived(self, parts: Parts) -> Product:
+        return Panels.of(parts) if "panels" in parts else super()._revived(parts)
 
 
 class Int8Linears(int8.Int8Linears):
@@ -103,8 +132,11 @@ class Int8Linears(int8.Int8Linears):
         super().__init__(weights, spread, plain, ops)
         _trim()
 
-    def _pack(self, values: Tensor, scale: Tensor) -> Product:
-        return super()._pack(values, scale) if has_tiles() else Panels(values, scale)
+    def _packed_parts(self, values: Tensor, scale: Tensor) -> Parts:
+        return super()._packed_parts(values, scale) if has_tiles() else Panels.packed(values, scale)
+
+    def _revived(self, parts: Parts) -> Product:
+        return Panels.of(parts) if "panels" in parts else super()._revived(parts)
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
@@ -113,7 +145,7 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _product(w: Tensor) -> Product:
-    return ops.OneDnn(w) if w.dtype == torch.bfloat16 and has_tiles() else Panels(w)
+    return ops.OneDnn(w) if layout(w.dtype) == "rows" else Panels(w)
 
 
 def _trim() -> None:

@@ -6,14 +6,14 @@ bfloat16; the second is left to whoever reads it, so that it costs no pass over 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from firstlight.kernels.rows8 import ZERO_POINT, Rows8
-from firstlight.kernels.torch.ops import Product
+from firstlight.kernels.torch.ops import Parts, Product, join
 
 _LEAST = 1e-12
 """Of a mean square: channels that are always zero don't count."""
@@ -34,18 +34,32 @@ class Int8Linears:
         `spread`: name -> mean square of each channel of the rows that the linear reads, f32 [I], where it is known;
         `ops`: the backend, which rounds and runs those that stay bf16.
         """
-        self._ops, self._plain = ops, ops.PackedLinears([])
+        self._ops, self._plain, self._spread, self._names = ops, ops.PackedLinears(), spread, frozenset(plain)
         self.dtype = torch.bfloat16
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._smooth: dict[str, Tensor] = {}
         self._packed: dict[str, Product] = {}
         for name, w in weights:
-            self.shapes[name] = tuple(w.shape)
-            if name.rpartition(".")[2] in plain:
-                self._plain.add(name, w)
-            else:
-                self._smooth[name] = smoothing(w.float(), spread.get(name))
-                self._packed[name] = self._pack(*self._rounded(w.float() / self._smooth[name]))
+            self.take(name, self.parts(name, [w]))
+
+    def parts(self, name: str, joined: Sequence[Tensor]) -> Parts:
+        """Weights [O, I] of one input, to be one linear: as they are kept."""
+        if name.rpartition(".")[2] in self._names:
+            plain: Parts = self._plain.parts(name, joined)
+            return plain
+        w = join(joined).float()
+        smooth = smoothing(w, self._spread.get(name))
+        return {"smooth": smooth, **self._packed_parts(*self._rounded(w / smooth))}
+
+    def take(self, name: str, parts: Parts) -> None:
+        """One more linear, of its parts."""
+        if "smooth" not in parts:
+            self._plain.take(name, parts)
+            self.shapes[name] = self._plain.shapes[name]
+            return
+        self._smooth[name] = parts["smooth"].clone()  # no view: where weights are packed anew the file is let go
+        self._packed[name] = self._revived(parts)
+        self.shapes[name] = self._packed[name].shape
 
     def reads(self, name: str) -> Tensor | None:
         """The smoothing vector of the rows that a linear reads in 8 bits; None if it reads the compute type."""
@@ -82,17 +96,21 @@ class Int8Linears:
         rows = self._ops.quantise(w, torch.ones(w.shape[1]))
         return rows.values[: len(w)].bitwise_xor(ZERO_POINT).view(torch.int8), rows.scale
 
-    def _pack(self, values: Tensor, scale: Tensor) -> Product:
-        """Weights s8 [O, I] and their outputs' scales f32 [O], ready to run."""
-        return OneDnn8(values, scale)
+    def _packed_parts(self, values: Tensor, scale: Tensor) -> Parts:
+        """Weights s8 [O, I] and their outputs' scales f32 [O], as they are kept."""
+        return {"values": values, "scale": scale}
+
+    def _revived(self, parts: Parts) -> Product:
+        return OneDnn8(parts["values"], parts["scale"])
 
 
 class OneDnn8:
     """An int8 linear on oneDNN: values u8 [n, I] around 128 -> bf16 [n, O]."""
 
     def __init__(self, values: Tensor, scale: Tensor) -> None:
+        self.shape = tuple(values.shape)
         self._packed = torch.ops.onednn.qlinear_prepack(values, None)
-        self._scale, self._zeros = scale, torch.zeros(len(values), dtype=torch.int32)
+        self._scale, self._zeros = scale.clone(), torch.zeros(len(values), dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
         operands = (x, 1.0, ZERO_POINT, self._packed, self._scale, self._zeros)

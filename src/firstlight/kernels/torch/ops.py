@@ -10,7 +10,7 @@ Around int8 linears rows come with a `scale` f32 [n] that they are still to be m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -114,9 +114,10 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 class OneDnn:
-    """A linear's weights, packed once for oneDNN."""
+    """A linear's weights in oneDNN's own layout, which can't be kept: packed at each start."""
 
     def __init__(self, w: Tensor) -> None:
+        self.shape = tuple(w.shape)
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(w, _PACK_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -127,13 +128,25 @@ class OneDnn:
 class Product(Protocol):
     """A linear that is ready to run: x [n, I] -> [n, O]."""
 
+    shape: tuple[int, ...]
+    """O, I."""
+
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+Parts = dict[str, Tensor]
+"""A linear as it is kept between two starts: what a `Product` is made of, by names that say which."""
+
+
+def layout(dtype: torch.dtype) -> str:
+    """What `PackedLinears.parts` makes of weights of this type, in a word."""
+    return "rows"
 
 
 class PackedLinears:
     """`Linears` over weights packed once for oneDNN."""
 
-    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
         """`weights`: names and [O, I] in the compute dtype, which nobody need hold once they are packed.
 
         The one named "head" gives the logits.
@@ -143,13 +156,20 @@ class PackedLinears:
         self._packed: dict[str, Product] = {}
         self._head: Tensor | None = None
         for name, w in weights:
-            self.add(name, w)
+            self.take(name, self.parts(name, [w]))
 
-    def add(self, name: str, w: Tensor) -> None:
-        """One more; all are of one dtype."""
-        self.dtype, self.shapes[name], self._packed[name] = w.dtype, tuple(w.shape), self._pack(w)
-        if name == "head":
-            self._head = self._rows_of(w)
+    def parts(self, name: str, joined: Sequence[Tensor]) -> Parts:
+        """Weights [O, I] of one input, to be one linear: as they are kept."""
+        return {"rows": join(joined)}
+
+    def take(self, name: str, parts: Parts) -> None:
+        """One more linear, of its parts; all are of one dtype."""
+        self._packed[name] = self._revived(parts)
+        self.shapes[name] = self._packed[name].shape
+        if "rows" in parts:
+            self.dtype = parts["rows"].dtype
+            if name == "head":
+                self._head = parts["rows"].clone()  # packed weights can't be read, and the others' are let go
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """x [n, I] -> [n, O]."""
@@ -178,12 +198,13 @@ class PackedLinears:
         best = logits.topk(min(_RESCORED, logits.shape[1]), dim=-1).indices
         return logits.scatter_(1, best, torch.mul(self.head_rows(best).float(), x.float()[:, None]).sum(-1))
 
-    def _pack(self, w: Tensor) -> Product:
-        return OneDnn(w)
+    def _revived(self, parts: Parts) -> Product:
+        return OneDnn(parts["rows"])
 
-    def _rows_of(self, head: Tensor) -> Tensor | None:
-        """What `head_rows` reads: a copy, since packed weights can't be read, and the file's are let go."""
-        return head.clone()
+
+def join(weights: Sequence[Tensor]) -> Tensor:
+    """[O1, I], [O2, I] .. -> [O, I]."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
 def dependent_linears(linears: PackedLinears) -> set[str]:

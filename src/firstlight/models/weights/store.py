@@ -1,9 +1,11 @@
-"""The disk cache of dequantised weights: the second start maps a file instead of unpacking a model for seconds.
+"""The disk cache of packed weights: what a model computes with, as it lies in memory, so that a start maps a file.
 
-One safetensors file per (model digest, dtype), mapped privately, so that its pages are shared by every process and read
-on demand. A file is trusted only if its header is, byte for byte, the one that this model and dtype would be given now
-and its content sums to the checksum in that header. Files are written beside their place and moved into it; the cache
-is bounded and forgets the least recently used first; where it cannot be written the weights simply stay in memory.
+One file per (model digest, layout), mapped privately: its pages are shared by every process, and none is read before it
+is needed. Pieces lie at multiples of 64 bytes; behind them stands an index of their names, types, shapes and places,
+and a tail that says where the index begins. A file is trusted if its index is whole, names this model and layout, and
+the file's change time is the one that the index states: then nobody has written to it since. Otherwise its content must
+sum to the checksum in the index. Files are written beside their place and moved into it; the cache is bounded and
+forgets the least recently used first; where it cannot be written the weights simply stay in memory.
 """
 
 from __future__ import annotations
@@ -11,28 +13,31 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import shutil
+import struct
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from firstlight.core.errors import UserError
 from firstlight.core.files import cache_dir, write_atomically
 
-if TYPE_CHECKING:
-    from firstlight.models.weights.checkpoint import Checkpoint
-
 log = logging.getLogger(__name__)
 Progress = Callable[[float], None]
+Pieces = Callable[[], Iterable[tuple[str, Tensor]]]
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_LAYOUT = "1"  # raise it when the meaning of the stored bytes changes
+_LAYOUT = 3  # raise it when the meaning of the stored bytes changes
+_ALIGNMENT = 64
+_TAIL = struct.Struct("<QII8s")  # the index's place, its length and checksum, the mark
+_MARK = b"FLPACKED"
 _DEFAULT_BYTES = 8 << 30
 _ABANDONED_S = 3600.0  # a partial file that nobody has written to for so long belongs to a dead process
 
@@ -52,110 +57,123 @@ def cache_size() -> int:
     return sum(size for _, size, _ in _entries())
 
 
-def load_weights(
-    checkpoint: Checkpoint, dtype: torch.dtype, *, progress: Progress | None = None
-) -> dict[str, torch.Tensor]:
-    """All tensors of the model by Hugging Face name, in `dtype`, except 1-d ones (norm gains), which stay float32.
+def kept(
+    digest: str, layout: str, pieces: Pieces, *, expected: int, progress: Progress | None = None
+) -> Mapping[str, Tensor]:
+    """What `pieces` yields by name, made once for each (model digest, layout) and from then on mapped.
 
-    They are views of a mapped file where the cache works, and in memory where it does not. `progress` gets a share in
-    [0, 1] while weights are unpacked, nothing when they are mapped.
+    `expected`: about how many bytes that is. `progress` gets a share in [0, 1] while pieces are made, nothing when they
+    are mapped.
     """
-    path = cache_dir() / "weights" / f"{checkpoint.digest[:16]}-{_NAMES[dtype].lower()}.safetensors"
-    plan = _Plan(checkpoint, dtype)
+    about = {"layout": f"{_LAYOUT}-{layout}", "model": digest}
+    path = cache_dir() / "weights" / f"{digest[:16]}-{layout}.packed"
     with contextlib.suppress(_Unusable, OSError):
-        return plan.mapped(path)
+        return _mapped(path, about)
+    tell = _Shares(expected, progress)
     try:
-        _make_room(path, plan.nbytes)
+        _make_room(path, expected)
         with write_atomically(path) as partial:
-            plan.write(partial, progress)
-        return plan.mapped(path)
+            _write(partial, about, tell.through(pieces()))
+            written = partial.stat().st_size
+            _make_room(path, written, written)
+        return _mapped(path, about)
     except (_Unusable, OSError) as error:
         if cache_bound():
             log.warning("weights are not cached on disk (%s), so every start will be slow: %s", error, path.parent)
-    return {name: plan.unpacked(name) for name in _counted(checkpoint.names(), progress)}
+    return dict(tell.through(pieces()))
 
 
 class _Unusable(Exception):
     """A cache file that cannot be trusted, or cannot be kept."""
 
 
-class _Plan:
-    """The one possible cache file of a (model, dtype): its header, and where each tensor lies."""
+class _Shares:
+    """Tells how much has been made."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
-        # 1-d tensors first: everything then lies at a multiple of its own element size.
-        self.shapes = dict(sorted(checkpoint.shapes.items(), key=lambda item: len(item[1]) > 1))
-        self.start = len(self.header(0))
-        self.nbytes = self.start + self._end
+    def __init__(self, expected: int, tell: Progress | None) -> None:
+        self._expected, self._tell = max(expected, 1), tell
 
-    def dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if len(self.shapes[name]) == 1 else self.dtype
-
-    def unpacked(self, name: str) -> torch.Tensor:
-        return self.checkpoint.tensor(name).to(self.dtype_of(name)).contiguous()
-
-    def header(self, checksum: int) -> bytes:
-        """A safetensors header of this plan; its length does not depend on the checksum."""
-        about = {"layout": _LAYOUT, "model": self.checkpoint.digest, "checksum": f"{checksum:016x}"}
-        entries: dict[str, Any] = {"__metadata__": about}
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for name, shape in self.shapes.items():
-            start, end = end, end + math.prod(shape) * self.dtype_of(name).itemsize
-            self._offsets[name] = start
-            entries[name] = {"dtype": _NAMES[self.dtype_of(name)], "shape": shape, "data_offsets": [start, end]}
-        self._end = end
-        text = json.dumps(entries).encode()
-        text += b" " * (-(len(text) + 8) % 64)
-        return len(text).to_bytes(8, "little") + text
-
-    def write(self, partial: Path, progress: Progress | None) -> None:
-        """Stream the tensors out, one in memory at a time, then complete the header with the checksum."""
-        with partial.open("wb") as stream:
-            stream.write(self.header(0))
-            for name in _counted(list(self.shapes), progress):
-                stream.write(self.unpacked(name).view(-1).view(torch.uint8).numpy().data)
-        checksum = _checksum(_mapped_bytes(partial)[self.start :])
-        with partial.open("r+b") as stream:
-            stream.write(self.header(checksum))
-
-    def mapped(self, path: Path) -> dict[str, torch.Tensor]:
-        """Views of the file, or _Unusable if it is not exactly what `write` would have made."""
-        if path.stat().st_size != self.nbytes:
-            raise _Unusable("cache file of a wrong size")
-        data = _mapped_bytes(path)
-        if data[: self.start].numpy().tobytes() != self.header(_checksum(data[self.start :])):
-            raise _Unusable("cache file is damaged")
-        with contextlib.suppress(OSError):
-            os.utime(path)  # marks it as recently used
-        return {name: self._view(data, name) for name in self.checkpoint.names()}
-
-    def _view(self, data: torch.Tensor, name: str) -> torch.Tensor:
-        shape, dtype = self.shapes[name], self.dtype_of(name)
-        start = self.start + self._offsets[name]
-        return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    def through(self, pieces: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        done = 0
+        for name, piece in pieces:
+            yield name, piece
+            done += piece.nbytes
+            if self._tell:
+                self._tell(min(done / self._expected, 1.0))
 
 
-def _mapped_bytes(path: Path) -> torch.Tensor:
+def _write(partial: Path, about: Mapping[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> None:
+    """Stream the pieces out, one in memory at a time, then index and tail."""
+    places: dict[str, Any] = {}
+    stamp, checksum = time.time_ns(), 0
+    with partial.open("wb") as stream:
+        for name, piece in pieces:
+            places[name] = (str(piece.dtype).removeprefix("torch."), list(piece.shape), stream.tell())
+            data = piece.contiguous().view(-1).view(torch.uint8)
+            data = F.pad(data, (0, missing)) if (missing := -len(data) % _ALIGNMENT) else data
+            stream.write(data.numpy().data)
+            checksum += _checksum(data)
+        end = stream.tell()
+        index = json.dumps({**about, "stamp": stamp, "checksum": _hex(checksum), "pieces": places}).encode()
+        stream.write(index + _TAIL.pack(end, len(index), zlib.crc32(index), _MARK))
+        stream.flush()
+        os.fsync(stream.fileno())  # or a crash could leave a file of the right length and time with nothing in it
+    _mark(partial, stamp)
+
+
+def _mapped(path: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Views of the file, or _Unusable if it is not what `_write` made for this model and layout."""
+    data = _bytes_of(path)
+    index, end = _index(data)
+    if any(index.get(key) != value for key, value in about.items()):
+        raise _Unusable("cache file of another model or layout")
+    if path.stat().st_mtime_ns != index["stamp"] and _hex(_checksum(data[:end])) != index["checksum"]:
+        raise _Unusable("cache file is damaged")
+    with contextlib.suppress(OSError):
+        _mark(path, index["stamp"])
+    return {name: _piece(data, *where) for name, where in index["pieces"].items()}
+
+
+def _index(data: Tensor) -> tuple[dict[str, Any], int]:
+    """The index, and where it begins."""
+    size = len(data)
+    if size < _TAIL.size:
+        raise _Unusable("cache file is cut short")
+    end, length, checksum, mark = _TAIL.unpack(data[size - _TAIL.size :].numpy().tobytes())
+    if mark != _MARK or end + length + _TAIL.size != size:
+        raise _Unusable("cache file is cut short")
+    text = data[end : end + length].numpy().tobytes()
+    if zlib.crc32(text) != checksum:
+        raise _Unusable("cache file is damaged")
+    index: dict[str, Any] = json.loads(text)
+    return index, end
+
+
+def _piece(data: Tensor, kind: str, shape: list[int], start: int) -> Tensor:
+    dtype: torch.dtype = getattr(torch, kind)
+    count = torch.Size(shape).numel()
+    return data[start : start + count * dtype.itemsize].view(dtype).view(shape)
+
+
+def _bytes_of(path: Path) -> Tensor:
     try:
         return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     except RuntimeError as error:  # torch's word for a file that cannot be mapped
         raise _Unusable(str(error).splitlines()[0]) from None
 
 
-def _checksum(data: torch.Tensor) -> int:
-    """The sum of the 64-bit words modulo 2^64, tail bytes added: any changed bit shows, at the speed of memory."""
-    words = len(data) // 8 * 8
-    values = data.numpy()
-    return int((int(values[:words].view(np.uint64).sum()) + int(values[words:].sum())) % (1 << 64))
+def _mark(path: Path, stamp: int) -> None:
+    """Set the change time to the index's, and the time of use to now."""
+    os.utime(path, ns=(time.time_ns(), stamp))
 
 
-def _counted(names: list[str], progress: Progress | None) -> Iterator[str]:
-    for index, name in enumerate(names):
-        yield name
-        if progress:
-            progress((index + 1) / len(names))
+def _checksum(data: Tensor) -> int:
+    """The sum of the 64-bit words modulo 2^64: any changed bit shows, at the speed of memory."""
+    return int(data.numpy().view(np.uint64).sum())
+
+
+def _hex(checksum: int) -> str:
+    return f"{checksum % (1 << 64):016x}"
 
 
 def _entries() -> list[tuple[float, int, Path]]:
@@ -164,22 +182,23 @@ def _entries() -> list[tuple[float, int, Path]]:
     for path in (cache_dir() / "weights").glob("*.*"):
         with contextlib.suppress(OSError):  # another process may remove it meanwhile
             stat = path.stat()
-            found.append((stat.st_mtime, stat.st_size, path))
+            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
     return sorted(found)
 
 
-def _make_room(target: Path, needed: int) -> None:
-    """Remove the least recently used files until `needed` bytes fit, or say why they cannot."""
+def _make_room(target: Path, needed: int, written: int = 0) -> None:
+    """Remove the least recently used files until `needed` bytes fit, or say why they cannot; `written` are there."""
     bound = cache_bound()
     if needed > bound:
         raise _Unusable(f"{needed >> 20} MiB do not fit into FIRSTLIGHT_CACHE_BYTES={bound}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    entries = [entry for entry in _entries() if entry[2] != target]
+    own = (target.name, f".{target.name}-")
+    entries = [entry for entry in _entries() if not entry[2].name.startswith(own)]
     total = sum(size for _, size, _ in entries)
     for used, size, path in entries:
         abandoned = path.suffix == ".partial" and time.time() - used > _ABANDONED_S
         if abandoned or (total + needed > bound and path.suffix != ".partial"):
             path.unlink(missing_ok=True)
             total -= size
-    if shutil.disk_usage(target.parent).free < needed:
+    if shutil.disk_usage(target.parent).free < needed - written:
         raise _Unusable(f"{needed >> 20} MiB are not free on the disk")
