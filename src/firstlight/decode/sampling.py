@@ -26,9 +26,10 @@ def sample(logits: Tensor, states: Sequence[Decoding]) -> list[int]:
     Log-probabilities go to the states that want them; the caller gives each state its token.
     """
     asking = [i for i, state in enumerate(states) if state.params.logprobs is not None]
-    raw = logits[asking]
+    raw = logits[asking] if asking else logits
     edit(logits, states)
-    tokens = pick(logits, [state.params for state in states], [state.die() for state in states])
+    dice = [state.die() if state.params.temperature > 0 else 0.0 for state in states]
+    tokens = pick(logits, [state.params for state in states], dice)
     wanted = [states[i].params.logprobs or 0 for i in asking]
     for i, entry in zip(asking, logprobs_of(raw, [tokens[i] for i in asking], wanted)):
         states[i].logprobs.append(entry)
@@ -69,7 +70,8 @@ def pick(logits: Tensor, params: Sequence[SamplingParams], dice: Sequence[float]
     if hot:
         thrown = torch.tensor([dice[i] for i in hot], dtype=torch.float64)  # in float32 the highest would be 1
         picked[hot] = _draw(logits[hot], [params[i] for i in hot], thrown)
-    return [int(token) for token in picked]
+    tokens: list[int] = picked.tolist()
+    return tokens
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], dice: Tensor) -> Tensor:

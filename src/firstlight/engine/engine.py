@@ -437,7 +437,8 @@ class Engine:
         lives = [live for live in lives if not live.cancelled]
         if not lives:
             return {}
-        logits = torch.stack([work.logits[live.rid] for live in lives])
+        rows = [work.logits[live.rid] for live in lives]
+        logits = torch.stack(rows) if len(rows) > 1 else rows[0][None]
         tokens = sample(logits, [live.decoding for live in lives])
         for live, row, token in zip(lives, logits, tokens):
             choose = live.request.choose
