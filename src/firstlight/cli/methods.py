@@ -6,7 +6,9 @@ import dataclasses
 import inspect
 import json
 import logging
+import re
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -32,9 +34,10 @@ def list_methods(as_json: _Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    table = Table("name", "switch on with", "exact", "what it does", box=None)
+    table = Table("switch on with", "exact", "paper", "needs", "what it does", box=None)
     for method in found:
-        table.add_row(method["name"], method["flag"], "yes" if method["exact"] else "no", method["about"])
+        exact = "yes" if method["exact"] else "no"
+        table.add_row(method["flag"], exact, method["paper"] or "", "; ".join(method["needs"]), method["about"])
     Console().print(table)
 
 
@@ -122,11 +125,36 @@ def describe(name: str) -> dict[str, Any]:
     flag = "--schedule" if schedules else "--method"
     about = next((part["about"] for part in parts if part["about"]), "")
     exact = schedules or all(part["capability"]["exact"] for part in parts)
-    return {"name": name, "flag": f"{flag} {name}", "exact": exact, "about": about, "parts": parts}
+    paper = next((part["paper"] for part in parts if part["paper"]), None)
+    needs = list(dict.fromkeys(need for part in parts for need in _needs(part["capability"])))
+    return {
+        "name": name,
+        "flag": f"{flag} {name}",
+        "exact": exact,
+        "paper": paper,
+        "needs": needs,
+        "about": about,
+        "parts": parts,
+    }
+
+
+def _needs(capability: dict[str, Any]) -> Iterator[str]:
+    """What a part asks for, as its capability record says."""
+    if capability["calibration"]:
+        yield "calibration"
+    if capability["whole_prompt"]:
+        yield "whole prompt at once"
+    if capability["last_rows"]:
+        yield f"last {capability['last_rows']} rows"
+    if capability["chunk"]:
+        yield f"chunks of {capability['chunk']}"
+    if capability["looks"]:
+        yield "keys"
+    yield from capability["digests"]
 
 
 def _part(seam: str, cls: Any) -> dict[str, Any]:
-    about = (inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or "").split("\n\n")[0]
+    text = inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or ""
     capability = getattr(cls, "capability", Capability(exact=True, alters_cells=False))
     settings = [_setting(field, cls) for field in dataclasses.fields(cls.Config)]
     if capability.calibration:
@@ -134,7 +162,8 @@ def _part(seam: str, cls: Any) -> dict[str, Any]:
     return {
         "seam": seam,
         "home": f"{cls.__module__}:{cls.__qualname__}",
-        "about": " ".join(about.split()),
+        "about": " ".join(text.split("\n\n")[0].split()),
+        "paper": " ".join(found[0].split()) if (found := re.search(r"arXiv\s\d{4}\.\d{5}", text)) else None,
         "settings": settings,
         "capability": dataclasses.asdict(capability),
     }
