@@ -14,15 +14,18 @@ from torch import Tensor
 from firstlight.core.attn import PlanContext
 
 
-def probed(ctx: PlanContext, last_n: int) -> Iterator[Tensor]:
-    """For each KV head f32 [G, m, n_kv]: attention of the last m = min(last_n, n) rows, model windows left aside."""
+def probed(ctx: PlanContext, last_n: int, heads: Tensor | None = None) -> Iterator[Tensor]:
+    """For each KV head f32 [g, m, n_kv]: attention of the last m = min(last_n, n) rows, model windows left aside.
+
+    Of its query heads those in bool `heads` [Hq] alone, which may be none; by default all.
+    """
     assert ctx.place is not None
     place = ctx.place[-last_n:]
-    q, keys = ctx.q[-last_n:].float(), ctx.keys()
-    group = q.shape[1] // ctx.num_kv_heads
+    q, keys = ctx.q[-last_n:].float().transpose(0, 1), ctx.keys()
+    wanted = (torch.ones(len(q), dtype=torch.bool) if heads is None else heads).view(len(keys), -1)
     ahead = torch.arange(keys.shape[1]) > place[:, None]
-    for head, k in enumerate(keys):  # one KV head at a time: scores of all would be large
-        scores = q[:, head * group : (head + 1) * group].transpose(0, 1) @ k.float().T * ctx.scale
+    for rows, some, k in zip(q.chunk(len(keys)), wanted, keys):  # one KV head at a time: scores of all would be large
+        scores = rows[some] @ k.float().T * ctx.scale
         yield scores.masked_fill_(ahead, -torch.inf).softmax(-1)
 
 

@@ -54,13 +54,13 @@ def measure(model: Decoder) -> dict[str, Tensor]:
     return watched.seen
 
 
-def layers_of(model: Decoder, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of a prompt i64 [n], layer by layer: queries [n, Hq, d] and keys [n, Hkv, d] after rotation. Keeps no KV."""
+def layers_of(model: Decoder, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of a prompt i64 [n], layer by layer: queries [n, Hq, d], keys and values [n, Hkv, d]; rotated. Keeps no KV."""
     x = model.embed(ids)
     cos, sin = model.rope(torch.arange(len(ids)))
     for layer in range(model.config.num_layers):
         q, k, v = model.qkv(layer, x, cos, sin)
-        yield q, k
+        yield q, k, v
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         mask = _band(len(ids), model.windows[layer])
         attended = scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=model.scale, enable_gqa=True)

@@ -95,7 +95,7 @@ def fit(counted: Tensor, lengths: Sequence[int]) -> dict[str, float]:
 def counts(model: Decoder, ids: Sequence[int]) -> Tensor:
     """f64 [scans, phases, thresholds + 1] of one prompt, over the layers that read all tokens."""
     made = torch.zeros(len(SCANS), 2, len(THRESHOLDS) + 1, dtype=torch.float64)
-    for layer, (q, k) in enumerate(layers_of(model, torch.tensor(ids))):
+    for layer, (q, k, _) in enumerate(layers_of(model, torch.tensor(ids))):
         if model.windows[layer] is None:
             made += layer_counts(q.float() * model.scale, k.float())
     return made

@@ -67,7 +67,7 @@ def overlaps(model: Decoder, ids: Sequence[int], layers: Sequence[int], share: f
     """f32 [len(layers) - 1]: the share of each layer's set that is in the next one's too."""
     sets = [
         best(_scores(q[-WINDOW:], k, model.scale), int(share * len(ids)))
-        for layer, (q, k) in enumerate(layers_of(model, torch.tensor(ids)))
+        for layer, (q, k, _) in enumerate(layers_of(model, torch.tensor(ids)))
         if layer in layers
     ]
     return torch.stack([(a & b).sum() / a.sum() for a, b in pairwise(sets)])

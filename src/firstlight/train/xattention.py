@@ -76,7 +76,7 @@ def observe(model: Decoder, ids: Sequence[int], layers: Sequence[int], config: C
     """`scores` and `mass` f32 [1, layers, Hq, tiles, nb] of a prompt: of the method, and of dense attention."""
     seen = [
         of_blocks(q, k, model.scale, config)
-        for layer, (q, k) in enumerate(layers_of(model, torch.tensor(ids)))
+        for layer, (q, k, _) in enumerate(layers_of(model, torch.tensor(ids)))
         if layer in layers
     ]
     return {key: torch.stack([part[n] for part in seen])[None] for n, key in enumerate(("scores", "mass"))}
