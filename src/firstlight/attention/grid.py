@@ -93,8 +93,9 @@ class Grid:
     ) -> AttnPlan:
         """What masks say, without what no row of a tile may read anyway.
 
-        blocks bool [L, tiles, nb], columns bool [L, tiles, n_kv] (those in listed blocks don't count twice: they are
-        taken out), band (sink, window) for all or i32 [L, tiles, 2]; head_map i16 [Hq], by default one list a head.
+        blocks bool [L, tiles, nb], columns bool [L, tiles or 1 for all, n_kv] (those in listed blocks don't count
+        twice: they are taken out), band (sink, window) for all or i32 [L, tiles, 2]; head_map i16 [Hq], by default one
+        list a head.
         """
         if head_map is None:
             head_map = torch.arange(self.ctx.q.shape[1], dtype=torch.int16)
@@ -104,10 +105,12 @@ class Grid:
             blocks = blocks & self.causal
             listed["blk_ptr"], listed["blk_idx"] = csr(blocks.transpose(0, 1))
         if columns is not None:
-            columns = columns & (torch.arange(columns.shape[2]) < self.end[:, None])
+            some = columns.flatten(0, 1).any(0).nonzero()[:, 0]  # few of all entries
+            columns = columns[:, :, some] & (some < self.end[:, None])
             if blocks is not None:
-                columns = columns & ~blocks.repeat_interleave(self.blk, 2)[:, :, : columns.shape[2]]
-            listed["col_ptr"], listed["col_idx"] = csr(columns.transpose(0, 1))
+                columns = columns & ~blocks[:, :, some // self.blk]
+            listed["col_ptr"], places = csr(columns.transpose(0, 1))
+            listed["col_idx"] = some[places].to(torch.int32)
         bands = torch.as_tensor(band, dtype=torch.int32).expand(lists, tiles, 2)
         return AttnPlan(
             q_tile=self.q_tile,

@@ -101,7 +101,7 @@ class MInference(Planner):
             return None
         band = torch.tensor([_band(pattern, size) for pattern, size in zip(patterns, sizes)], dtype=torch.int32)
         blocks = torch.zeros(len(patterns), grid.tiles, grid.num_blocks, dtype=torch.bool)
-        columns = torch.zeros(len(patterns), grid.tiles, grid.num_entries, dtype=torch.bool)
+        columns = torch.zeros(len(patterns), grid.tiles if self.config.exact else 1, grid.num_entries, dtype=torch.bool)
         for head, chosen in clusters(grid, _of_kind(BLOCKS, patterns, sizes)):
             blocks[head] = chosen
         for head, verticals, distances in lines(grid, _of_kind(LINES, patterns, sizes)):
@@ -167,13 +167,13 @@ def _most(mass: Tensor, count: int, forced: int) -> Tensor:
 
 
 def lowered(grid: Grid, columns: Tensor, distances: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """Columns and distances, bool [n_kv] each, as blocks bool [tiles, nb] and columns bool [tiles, n_kv].
+    """Columns and distances, bool [n_kv] each, as blocks bool [tiles, nb] and columns bool [tiles or 1, n_kv].
 
     A diagonal over a tile is as many entries as the tile has rows, seldom a block. `exact`: those entries; else every
     block that has some of them.
     """
     if not exact:
-        return crossed(grid, distances, BLOCK), columns.expand(grid.tiles, -1)
+        return crossed(grid, distances, BLOCK), columns[None]
     read = columns | crossed(grid, distances, 1)
     ahead = torch.arange(grid.num_entries) >= grid.end[:, None]
     whole = pad(read | ahead, (0, -grid.num_entries % BLOCK), value=True).view(grid.tiles, -1, BLOCK).all(2)

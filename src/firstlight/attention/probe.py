@@ -21,12 +21,14 @@ def probed(ctx: PlanContext, last_n: int, heads: Tensor | None = None) -> Iterat
     """
     assert ctx.place is not None
     place = ctx.place[-last_n:]
-    q, keys = ctx.q[-last_n:].float().transpose(0, 1), ctx.keys()
+    q, keys = (ctx.q[-last_n:].float() * ctx.scale).transpose(0, 1), ctx.keys()
     wanted = (torch.ones(len(q), dtype=torch.bool) if heads is None else heads).view(len(keys), -1)
-    ahead = torch.arange(keys.shape[1]) > place[:, None]
+    first = int(place[0]) + 1  # all of these rows see what lies before
+    ahead = torch.arange(first, keys.shape[1]) > place[:, None]
     for rows, some, k in zip(q.chunk(len(keys)), wanted, keys):  # one KV head at a time: scores of all would be large
-        scores = rows[some] @ k.float().T * ctx.scale
-        yield scores.masked_fill_(ahead, -torch.inf).softmax(-1)
+        scores = rows[some] @ k.float().T
+        scores[..., first:].masked_fill_(ahead, -torch.inf)
+        yield scores.softmax(-1)
 
 
 def probe(ctx: PlanContext, last_n: int) -> Tensor:
