@@ -105,12 +105,7 @@ class Grid:
             blocks = blocks & self.causal
             listed["blk_ptr"], listed["blk_idx"] = csr(blocks.transpose(0, 1))
         if columns is not None:
-            some = columns.flatten(0, 1).any(0).nonzero()[:, 0]  # few of all entries
-            columns = columns[:, :, some] & (some < self.end[:, None])
-            if blocks is not None:
-                columns = columns & ~blocks[:, :, some // self.blk]
-            listed["col_ptr"], places = csr(columns.transpose(0, 1))
-            listed["col_idx"] = some[places].to(torch.int32)
+            listed["col_ptr"], listed["col_idx"] = self._columns(columns, blocks)
         bands = torch.as_tensor(band, dtype=torch.int32).expand(lists, tiles, 2)
         return AttnPlan(
             q_tile=self.q_tile,
@@ -123,12 +118,35 @@ class Grid:
             **listed,
         )
 
+    def _columns(self, columns: Tensor, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """CSR of columns bool [L, tiles or 1, n_kv]. A list's are few of all entries, and looked at alone."""
+        place = places(columns.any(1))
+        keep = place < self.end[:, None, None]  # [tiles, L, k]
+        at = place.clamp(max=columns.shape[2] - 1).expand(keep.shape)
+        if columns.shape[1] > 1:
+            keep &= columns.transpose(0, 1).gather(2, at)
+        if blocks is not None:
+            keep &= ~blocks.transpose(0, 1).gather(2, at // self.blk)
+        return pointers(keep), place.expand(keep.shape)[keep].to(torch.int32)
+
+
+def places(mask: Tensor) -> Tensor:
+    """i64 [rows, k]: the true places of bool [rows, n], ascending, and n where a row has no more."""
+    row, place = mask.nonzero().unbind(1)
+    count = mask.sum(1)
+    found = torch.full((len(mask), int(count.max())), mask.shape[1])
+    found[row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]] = place
+    return found
+
 
 def csr(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(ptr i32 [rows + 1], idx i32) of the true places of bool [..., n]: a row for each but the last dimension."""
-    flat = mask.flatten(0, -2)
-    ptr = torch.nn.functional.pad(flat.sum(1).cumsum(0), (1, 0))
-    return ptr.to(torch.int32), flat.nonzero()[:, 1].to(torch.int32)
+    return pointers(mask), mask.flatten(0, -2).nonzero()[:, 1].to(torch.int32)
+
+
+def pointers(mask: Tensor) -> Tensor:
+    """i32 [rows + 1]: how many true places of bool [..., n] lie before each row."""
+    return torch.nn.functional.pad(mask.flatten(0, -2).sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
 
 def mask_of(ptr: Tensor | None, idx: Tensor | None, rows: int, width: int) -> Tensor:
