@@ -122,11 +122,11 @@ class Grid:
         """CSR of columns bool [L, tiles or 1, n_kv]. A list's are few of all entries, and looked at alone."""
         place = places(columns.any(1))
         keep = place < self.end[:, None, None]  # [tiles, L, k]
-        at = place.clamp(max=columns.shape[2] - 1).expand(keep.shape)
+        at = place.clamp(max=columns.shape[2] - 1)
         if columns.shape[1] > 1:
-            keep &= columns.transpose(0, 1).gather(2, at)
+            keep &= columns.transpose(0, 1).gather(2, at.expand(keep.shape))
         if blocks is not None:
-            keep &= ~blocks.transpose(0, 1).gather(2, at // self.blk)
+            keep &= ~blocks.transpose(0, 1).gather(2, (at // self.blk).expand(keep.shape))
         return pointers(keep), place.expand(keep.shape)[keep].to(torch.int32)
 
 
