@@ -2,7 +2,8 @@
 //
 // A panel of 64 outputs stays in the second-level cache while rows stream by, six at a time, with 24 vectors of sums in
 // registers. Sums run along the inner dimension from its start to its end whatever the row count; where a panel is too
-// long for the cache they wait in memory between its parts. So a row's bits depend on nothing but the row.
+// long for the cache they wait in memory between its parts. So a row's bits depend on nothing but the row. Weights in few
+// bits become such a part just before rows stream by: bits are those of a panel that lay there all along.
 #include "matmul.h"
 
 #include <omp.h>
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "blocks.h"
 #include "tile.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
@@ -17,6 +19,8 @@ namespace {
 
 constexpr int64_t ROWS = 96;          // rows that share a panel while it is in the cache
 constexpr int64_t PART = 192 << 10;   // bytes of a panel that stay there
+constexpr int64_t BLOCK_ROWS = 384;    // the same of weights in few bits, so that making it takes little of the time
+constexpr int64_t BLOCK_PART = 16 << 10;  // bytes of what is made of those: in the first-level cache
 constexpr int64_t FEW = 36;           // rows up to which reading the weights is what takes the time
 constexpr int64_t WORTH = 1 << 15;    // bytes of weights below which a second thread costs more than it brings
 constexpr int VECTORS = PANEL / W;    // of a panel's group
@@ -47,8 +51,9 @@ class Linear {
     void few(int64_t panels, int threads) {
         const int64_t units = panels * (VECTORS / NV), all = call_.rows;
         constexpr int UNITS = VECTORS / NV;
+        const bool fetch = all > MR && !call_.blocks;
         if (threads == 1) {
-            for (int64_t u = 0; u < units; ++u) piece({0, all, u / UNITS, (int)(u % UNITS) * NV, NV, all > MR});
+            for (int64_t u = 0; u < units; ++u) piece({0, all, u / UNITS, (int)(u % UNITS) * NV, NV, fetch});
             return;
         }
 #pragma omp parallel num_threads(threads)
@@ -60,18 +65,18 @@ class Linear {
             while (h < end) {
                 const int64_t unit = h / 2;
                 const bool whole = h % 2 == 0 && h + 2 <= end;
-                piece({0, all, unit / UNITS, (int)(unit % UNITS) * NV + (int)(h % 2) * NV / 2, whole ? NV : NV / 2, all > MR});
+                piece({0, all, unit / UNITS, (int)(unit % UNITS) * NV + (int)(h % 2) * NV / 2, whole ? NV : NV / 2, fetch});
                 h += whole ? 2 : 1;
             }
         }
     }
 
     void many(int64_t panels, int threads) {
-        const int64_t blocks = (call_.rows + ROWS - 1) / ROWS;
+        const int64_t each = call_.blocks ? BLOCK_ROWS : ROWS, blocks = (call_.rows + each - 1) / each;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
         for (int64_t i = 0; i < blocks * panels; ++i) {
-            const int64_t r0 = i / panels * ROWS;
-            for (int v = 0; v < VECTORS; v += NV) piece({r0, std::min(r0 + ROWS, call_.rows), i % panels, v, NV, false});
+            const int64_t r0 = i / panels * each;
+            for (int v = 0; v < VECTORS; v += NV) piece({r0, std::min(r0 + each, call_.rows), i % panels, v, NV, false});
         }
     }
 
@@ -83,29 +88,39 @@ class Linear {
     template <int N, bool FETCH>
     void as(const Piece& p) {
         constexpr int64_t LDB = (int64_t)PANEL * T::PAIR;
-        const int64_t part = std::max<int64_t>(PART / (LDB * sizeof(typename T::weight)), 1);
+        const int64_t part = std::max<int64_t>((call_.blocks ? BLOCK_PART : PART) / (LDB * sizeof(typename T::weight)), 1);
+        const int64_t ldb = call_.blocks ? (int64_t)N * W * T::PAIR : LDB;
         const auto* w = (const typename T::weight*)call_.w + p.panel * groups_ * LDB + p.first * W * T::PAIR;
         const ptrdiff_t step = LDB * sizeof(typename T::weight) / ((p.r1 - p.r0 + MR - 1) / MR);
         S* waiting = groups_ > part ? waiting_room<S>() : nullptr;
         for (int64_t g = 0; g < groups_ || g == 0; g += part) {
             const int64_t n = std::min(part, groups_ - g);
             const bool last = g + n >= groups_;
+            const auto* b = call_.blocks ? made<N>(p, g, n) : w + g * LDB;
             for (int64_t r = p.r0; r < p.r1; r += MR)
                 with_rows(std::min<int64_t>(MR, p.r1 - r), [&](auto R) {
                     Sums<T, R, N> s;
                     S* kept = waiting + (r - p.r0) * N;
                     if (g) recall(s, kept);
                     else begin(s, p);
-                    s.template add<FETCH>((const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR, call_.x_row, w + g * LDB, LDB, n, (const char*)(w + (g + n) * LDB) + (r - p.r0) / MR * n * step, step);
+                    s.template add<FETCH>((const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR, call_.x_row, b, ldb, n, (const char*)(w + (g + n) * LDB) + (r - p.r0) / MR * n * step, step);
                     if (last) finish(s, p, r);
                     else keep(s, kept);
                 });
         }
     }
 
+    // Groups [g, g + n) of a piece's weights.
+    template <int N>
+    const typename T::weight* made(const Piece& p, int64_t g, int64_t n) const {
+        alignas(64) static thread_local typename T::weight room[BLOCK_PART / sizeof(typename T::weight)];
+        if constexpr (T::PAIR < 4) expand<T, N>(room, *call_.blocks, call_.width, p.panel, p.first * W, g * T::PAIR, (g + n) * T::PAIR);
+        return room;
+    }
+
     template <class V>
     static V* waiting_room() {
-        static thread_local std::vector<V> room((size_t)std::max(ROWS, FEW) * NV);
+        static thread_local std::vector<V> room((size_t)BLOCK_ROWS * NV);
         return room.data();
     }
     template <int R, int N>

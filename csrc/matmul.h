@@ -6,7 +6,18 @@
 
 namespace firstlight {
 
-constexpr int PANEL = 64;  // outputs of a panel (kernels/cpu/panels.py)
+constexpr int PANEL = 64;  // outputs of a panel (kernels/cpu/linears.py)
+
+// Weights in 4 to 8 bits, each worth d q + m. q: its low 4 bits, or all 8, lie in words of one output, [O / 64, I / 8 or
+// I / 4, 64], the lowest first; what 5 or 6 bits have above those in a byte or two for 8 scalars. d and m are float16
+// for `super` scalars, times an integer each for `sub` of them if there are such; without m it is -zero d.
+struct Blocks {
+    const uint32_t* low;
+    const void* high;
+    const uint16_t *d, *m;         // [O / 64, I / super, 64]
+    const int8_t *sub_d, *sub_m;   // [O / 64, I / sub, 64]
+    int64_t bits, zero, super, sub;
+};
 
 enum class Weights : int { f32, bf16, int8 };
 
@@ -21,6 +32,7 @@ struct MatmulArgs {
     bool wide;             // out is float32; otherwise of x's type, and bf16 where that is bytes
     const float* scale;    // [whole panels], int8: what a unit of each output's sum is worth
     const int32_t* start;  // [whole panels], int8: -128 times the sum of its weights
+    const Blocks* blocks;  // in place of `w`: made float32 or bf16 panels on the way
 };
 
 using Matmul = void (*)(const MatmulArgs&, Weights);

@@ -117,8 +117,8 @@ NB_MODULE(_native, m) {
     });
     m.def(
         "matmul",
-        [](Address x, Address w, Address out, int64_t x_row, int64_t out_row, int64_t rows, int64_t width, int64_t outputs, int threads, int weights, bool wide, Address scale, Address start) {
-            const MatmulArgs call{at<void>(x), x_row, at<void>(w), at<void>(out), out_row, rows, width, outputs, threads, wide, as(scale), at<int32_t>(start)};
+        [](Address x, Address w, Address out, int64_t x_row, int64_t out_row, int64_t rows, int64_t width, int64_t outputs, int threads, int weights, bool wide, Address scale, Address start, Address blocks) {
+            const MatmulArgs call{at<void>(x), x_row, at<void>(w), at<void>(out), out_row, rows, width, outputs, threads, wide, as(scale), at<int32_t>(start), at<Blocks>(blocks)};
             perform([=, kernels = active] { kernels->matmul(call, (Weights)weights); });
         },
         unlocked);

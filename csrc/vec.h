@@ -108,6 +108,7 @@ struct F32 {
     static vf group_at(const float* a) { return all(*a); }
     static vf widen(const float* p) { return load(p); }
     static void narrow(float* p, vf v) { store(p, v); }
+    static void pack(float* p, const vf* v) { store(p, *v); }  // PAIR numbers of each lane side by side
 };
 
 struct BF16 {
@@ -143,6 +144,20 @@ struct BF16 {
         std::memcpy(p, &rounded, sizeof rounded);
 #endif
     }
+    static void pack(uint16_t* p, const vf* v) {
+#if defined(__AVX512BF16__)
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+        _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_loadu_si512(interleaved), both));
+#else
+        const auto rounded = [](vf x) { return (vu)x + 0x7fffu + ((vu)x >> 16 & 1u); };
+        const vu both = rounded(v[0]) >> 16 | (rounded(v[1]) & 0xffff0000u);
+        std::memcpy(p, &both, sizeof both);
+#endif
+    }
+#if defined(__AVX512BF16__)
+    static constexpr uint16_t interleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#endif
 };
 
 // Bytes without a sign times bytes with one, summed exactly in 32 bits.

@@ -75,7 +75,7 @@ class Panels:
         out = torch.empty(n, self.outputs, dtype=dtype)
         where = (x.data_ptr(), self._panels.data_ptr(), out.data_ptr(), x.stride(0), self.outputs, n, width)
         how = (torch.get_num_threads(), self._kind, wide, _address(self._scale), _address(self._start))
-        lib.matmul(*where, self.outputs, *how)
+        lib.matmul(*where, self.outputs, *how, 0)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
