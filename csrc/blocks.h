@@ -12,10 +12,20 @@ inline vf half(const uint16_t* p) {
     return bits((u & 0x8000u) << 16 | (vu)(bits((u & 0x7fffu) << 13) * 0x1p112f));
 }
 
-template <class S>
-inline vi integers(const void* p) {
-    typedef S narrow __attribute__((vector_size(W * sizeof(S))));
-    return __builtin_convertvector(load_as<narrow>((const S*)p), vi);
+// W bytes -> integers. Said in words of the instruction set where compilers would go byte by byte.
+template <bool SIGNED>
+inline vi bytes(const void* p) {
+#if defined(__AVX512F__)
+    const __m128i b = _mm_loadu_si128((const __m128i*)p);
+    return (vi)(SIGNED ? _mm512_cvtepi8_epi32(b) : _mm512_cvtepu8_epi32(b));
+#elif defined(__AVX2__)
+    const __m128i b = _mm_loadl_epi64((const __m128i*)p);
+    return (vi)(SIGNED ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
+#else
+    vi v;
+    for (int i = 0; i < W; ++i) v[i] = SIGNED ? ((const int8_t*)p)[i] : ((const uint8_t*)p)[i];
+    return v;
+#endif
 }
 
 // Inner scalars [k0, k1) of `N` vectors of outputs from `column` of a panel on -> T's panel, [(k1 - k0) / G, N W, G].
@@ -23,48 +33,52 @@ template <class T, int N, int BITS>
 class Expansion {
   public:
     Expansion(const Blocks& from, int64_t width, int64_t panel, int64_t column)
-        : from_(from), width_(width), panel_(panel), column_(column) {}
+        : from_(from), eights_(panel * (width / 8)), supers_(panel * (width / from.super)), subs_(panel * (width / from.sub)), column_(column) {}
 
     void run(typename T::weight* to, int64_t k0, int64_t k1) const {
-        for (int64_t k = k0; k < k1; k += from_.sub)
+        for (int64_t k = k0; k < k1; k += from_.sub) {
+            const int64_t super = (supers_ + k / from_.super) * PANEL + column_, sub = (subs_ + k / from_.sub) * PANEL + column_;
             for (int j = 0; j < N; ++j) {
-                vf d = half(from_.d + place(from_.super, k, j));
-                if (from_.sub_d) d *= number(from_.sub_d, k, j);
-                vf m = from_.m ? half(from_.m + place(from_.super, k, j)) : d * all(-(float)from_.zero);
-                if (from_.sub_m) m *= number(from_.sub_m, k, j);
-                for (int64_t i = 0; i < from_.sub; i += 8) eight(to + (k - k0 + i) * (N * W) + j * W * T::PAIR, k + i, j, d, m);
+                vf d = half(from_.d + super + j * W);
+                if (from_.sub_d) d *= number(from_.sub_d + sub + j * W);
+                vf m = from_.m ? half(from_.m + super + j * W) : d * all(-(float)from_.zero);
+                if (from_.sub_m) m *= number(from_.sub_m + sub + j * W);
+                for (int64_t i = 0; i < from_.sub; i += 8)
+                    eight(to + (k - k0 + i) * (N * W) + j * W * T::PAIR, (eights_ + (k + i) / 8) * PANEL + column_ + j * W, d, m);
             }
+        }
     }
 
   private:
-    int64_t place(int64_t per, int64_t k, int j) const {
-        return (panel_ * (width_ / per) + k / per) * PANEL + column_ + j * W;
-    }
-    vf number(const int8_t* p, int64_t k, int j) const {
-        return __builtin_convertvector(integers<int8_t>(p + place(from_.sub, k, j)), vf);
-    }
-    void eight(typename T::weight* to, int64_t k, int j, vf d, vf m) const {
+    static constexpr int LOW = BITS == 8 ? 8 : 4;  // bits of a scalar in the words
+
+    static vf number(const int8_t* p) { return __builtin_convertvector(bytes<true>(p), vf); }
+    static vu moved(vu x, int up) { return up < 0 ? x >> -up : x << up; }
+
+    // Eight scalars of each of W outputs, whose bits lie at `at`.
+    void eight(typename T::weight* to, int64_t at, vf d, vf m) const {
         vu low[2], high{};
-        low[0] = load_as<vu>(from_.low + place(BITS == 8 ? 4 : 8, k, j));
-        if constexpr (BITS == 8) low[1] = load_as<vu>(from_.low + place(4, k + 4, j));
-        if constexpr (BITS == 5) high = (vu)integers<uint8_t>((const uint8_t*)from_.high + place(8, k, j));
-        if constexpr (BITS == 6) high = (vu)integers<uint16_t>((const uint16_t*)from_.high + place(8, k, j));
+        if constexpr (BITS == 8) {  // two words of four
+            const uint32_t* words = from_.low + at + (at & -(int64_t)PANEL);
+            low[0] = load_as<vu>(words), low[1] = load_as<vu>(words + PANEL);
+        } else low[0] = load_as<vu>(from_.low + at);
+        if constexpr (BITS == 5) high = (vu)bytes<false>((const uint8_t*)from_.high + at);
+        if constexpr (BITS == 6) high = __builtin_convertvector(load_as<vh>((const uint16_t*)from_.high + at), vu);
         vf v[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            vu q;
-            if constexpr (BITS == 8) q = low[i / 4] >> 8 * (i % 4) & 255u;
-            else q = low[0] >> 4 * i & 15u;
-            if constexpr (BITS == 5) q |= (high >> i & 1u) << 4;
-            if constexpr (BITS == 6) q |= (high >> 2 * i & 3u) << 4;
-            v[i] = fma(__builtin_convertvector((vi)q, vf), d, m);
+            const int up = i % 2 * LOW;  // every other one is left where it is in the word, and d lowered for it: exact
+            vu q = low[i * LOW / 32] >> (i - i % 2) * LOW % 32 & (uint32_t)((1 << LOW) - 1) << up;
+            if constexpr (BITS == 5) q |= moved(high, up + 4 - i) & 16u << up;
+            if constexpr (BITS == 6) q |= moved(high, up + 4 - 2 * i) & 48u << up;
+            v[i] = fma(__builtin_convertvector((vi)q, vf), up ? d * all(1.0f / (1 << LOW)) : d, m);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i += T::PAIR) T::pack(to + i * (N * W), v + i);
     }
 
     const Blocks& from_;
-    const int64_t width_, panel_, column_;
+    const int64_t eights_, supers_, subs_, column_;
 };
 
 template <class T, int N>

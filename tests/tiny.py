@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from firstlight.core.config import Options
 from firstlight.engine.build import build_engine
 from firstlight.engine.engine import Engine
+from firstlight.kernels.blocks import Stored
 from firstlight.kernels.dispatch import fastest
 from firstlight.models.calibration import measure
 from firstlight.models.config import ModelConfig
@@ -64,11 +69,40 @@ def tiny_weights(
 
 
 def tiny_model(
-    dtype: torch.dtype = torch.float32, num_layers: int = 2, family: str = "llama", int8: bool = False
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = 2,
+    family: str = "llama",
+    int8: bool = False,
+    compact: bool = False,
 ) -> Decoder:
     config, weights = tiny_config(num_layers, family), tiny_weights(dtype, num_layers, family)
+    if compact:
+        return build_model(config, in_blocks(weights), fastest(16))
     model = build_model(config, weights, fastest(16))
     return build_model(config, weights, fastest(16), int8=measure(model)) if int8 else model
+
+
+def in_blocks(weights: dict[str, torch.Tensor]) -> dict[str, Stored | torch.Tensor]:
+    """Linears rounded to blocks of several types, as a GGUF file would have them; of a layer's values one is left."""
+    kinds = itertools.cycle(["Q4_1", "Q5_0", "Q8_0", "Q4_0", "Q5_1"])
+    done: dict[str, Stored | torch.Tensor] = dict(weights)
+    for name, w in weights.items():
+        if w.dim() > 1 and name != "model.layers.1.self_attn.v_proj.weight":
+            kind = next(kinds)
+            raw = quantize(w.float().numpy(), GGMLQuantizationType[kind])
+            done[name] = Stored(kind, torch.from_numpy(raw), w.dtype)
+    return done
+
+
+def unpacked(weights: Mapping[str, Stored | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, as gguf unpacks them."""
+
+    def values(w: Stored | torch.Tensor) -> torch.Tensor:
+        if isinstance(w, torch.Tensor):
+            return w
+        return torch.from_numpy(dequantize(w.raw.numpy(), GGMLQuantizationType[w.type])).to(w.dtype)
+
+    return {name: values(w) for name, w in weights.items()}
 
 
 def tiny_engine(family: str = "llama", num_layers: int = 2, **options: Any) -> Engine:

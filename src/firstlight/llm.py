@@ -30,7 +30,7 @@ from firstlight.llm_document import Document, Model
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
 from firstlight.models.weights.store import kept
-from firstlight.models.weights.values import Weights
+from firstlight.models.weights.values import CompactWeights, Weights
 from firstlight.prompt.encoder import Encoder, Messages, Names, Prompt, Tools
 from firstlight.prompt.tokenizer import Tokenizer
 
@@ -69,11 +69,13 @@ class LLM:
         checkpoint = open_checkpoint(path)
         self.model_name, self.config = str(model), checkpoint.config
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
-        weights = Weights(checkpoint, DTYPES[self.options.precision])
+        kind = CompactWeights if self.options.weights == "compact" else Weights
+        weights = kind(checkpoint, DTYPES[self.options.precision])
+        nbytes = sum(map(weights.nbytes, weights))
         keep = partial(
             kept,
             checkpoint.digest,
-            expected=weights.nbytes // (2 if self.options.precision == "int8" else 1),
+            expected=round(nbytes / (2 if self.options.precision == "int8" else 1)),
             progress=lambda share: self._progress(Progress("load", share, 1.0)),
         )
         self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest, keep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,10 @@ from gguf.quants import dequantize
 from firstlight.kernels.blocks import TYPES, Stored
 from firstlight.kernels.cpu.blocks import Blocks
 from firstlight.kernels.cpu.linears import Panels
+from firstlight.models.calibration import layers_of
+from firstlight.models.families import build_model
 from firstlight.models.weights import gguf
+from tests.tiny import in_blocks, tiny_config, tiny_weights, unpacked
 
 BYTES = {name: (count, size) for name, count, size in gguf.TYPES.values()}
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -71,3 +76,22 @@ def test_rows_are_the_weights(kind: str) -> None:
     assert torch.equal(Blocks(parts).rows(ids), values(stored)[ids])
     whole = Blocks.packed([Stored(kind, random(kind, 128, 512), F32)])
     assert sum(part.nbytes for part in whole.values()) <= 1.04 * 128 * stored.raw.shape[1] + 64
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "gemma3"])
+def test_a_model_of_blocks_is_the_model_unpacked(family: str, dtype: torch.dtype) -> None:
+    """Joined, alone, among experts, beside a tensor that is in no blocks, as head and as embedding."""
+    ops, config = backend("cpu"), replace(tiny_config(family=family), tie_head=family != "qwen2")
+    weights = tiny_weights(dtype, family=family)
+    if not config.tie_head:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0)
+    stored = in_blocks(weights)
+    assert sum(isinstance(w, Stored) for w in stored.values()) >= 13
+    made, want = (build_model(config, source, ops) for source in (stored, unpacked(stored)))
+    ids = torch.arange(20)
+    assert torch.equal(made.embed(ids), want.embed(ids))
+    for ours, theirs in zip(layers_of(made, ids), layers_of(want, ids), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(made.head(made.embed(ids)), want.head(want.embed(ids)))
+    assert (made.row_flops, made.dtype) == (want.row_flops, want.dtype)

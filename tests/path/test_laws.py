@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firstlight.kernels.dispatch import fastest
+from firstlight.kernels.native import lib
 from firstlight.models.decoder import Decoder
 from firstlight.models.families import FAMILIES, build_model
 from firstlight.models.weights.checkpoint import open_checkpoint
@@ -28,13 +29,16 @@ FEW = 3 if EXAMPLES == 25 else 40
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 TINY = {"f32": {"dtype": torch.float32}, "bf16": {"dtype": torch.bfloat16}}
 TINY["int8"] = TINY["bf16"] | {"int8": True}
+COMPACT = TINY | {"compact": TINY["bf16"] | {"compact": True}}
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 200, 300, 700, 1025, 2150]
 seeds = st.integers(0, 10**6)
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+@pytest.fixture(scope="module", params=list(COMPACT))
 def small(request: pytest.FixtureRequest) -> Decoder:
-    return tiny_model(**TINY[request.param])
+    if request.param == "compact" and lib is None:
+        pytest.skip("blocks are for the compiled kernels")
+    return tiny_model(**COMPACT[request.param])
 
 
 @pytest.fixture(scope="module", params=list(TINY))

@@ -113,7 +113,14 @@ def test_raw_prompt_and_system(llm: type[FakeLLM]) -> None:
 
 
 def test_every_setting_has_a_flag_that_reaches_the_engine(llm: type[FakeLLM]) -> None:
-    texts = {"precision": "f32", "prefix_cache": "off", "kv_memory": "2GiB", "device": "cpu", "event_log": "log"}
+    texts = {
+        "precision": "f32",
+        "weights": "compact",
+        "prefix_cache": "off",
+        "kv_memory": "2GiB",
+        "device": "cpu",
+        "event_log": "log",
+    }
     texts["config"] = os.devnull
     wanted: dict[str, Any] = {}
     line = ["run", "m", "-p", "hi"]
@@ -227,8 +234,8 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["run", "m", "-p", "x", "--precision", "int8:kv=bf16"], "parts of int8 are not built yet; choose int8 itself"),
         (["run", "m", "-p", "x", "--prefix-cache", "/kv"], "a cache on disk is not built yet; choose on or off"),
         (["run", "m", "-p", "x", "--method", "auto"], "method 'auto' is not built yet; name one of"),
-        (["run", "m", "-p", "x", "--weights=compact"], "--weights is not built yet; leave it out"),
-        (["bench", "ttft", "m", "--weights", "compact"], "--weights is not built yet; leave it out"),
+        (["run", "m", "-p", "x", "--weights=small"], "weights='small' is unknown; choose default, compact"),
+        (["bench", "ttft", "m", "--weights=compact", "--precision=int8"], "weights='compact' computes in bf16 or f32"),
         (["serve", "m"], "serve is not built yet; use `firstlight run`"),
         (["plan"], "plan is not built yet"),
         (["inspect", "m", "-p", "x"], "Missing option '-o' / '--output'"),

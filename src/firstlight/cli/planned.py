@@ -11,7 +11,6 @@ _PLANNED = {
     "serve": "use `firstlight run`, or firstlight.LLM from Python",
     "plan": "`firstlight bench ttft` measures what it would predict",
     "bench serve": "choose ttft, decode, throughput, kernel or peak",
-    "--weights": "leave it out: weights are kept in the precision of --precision",
     "--quality": "name a method of `firstlight methods list` with --method",
 }
 _REFUSED = re.compile(r"No such (?:command '|option: )([\w-]+)")

@@ -27,7 +27,7 @@ from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
 from firstlight.models.calibration import measure, remember, remembered
 from firstlight.models.config import ModelConfig
-from firstlight.models.decoder import Decoder
+from firstlight.models.decoder import Decoder, Weight
 from firstlight.models.families import FAMILIES, build_model
 from firstlight.reuse.prefix import PrefixCache
 
@@ -40,7 +40,7 @@ Keep = Callable[[str, Callable[[], Iterable[tuple[str, Tensor]]]], Mapping[str, 
 
 
 def build_engine(
-    config: ModelConfig, weights: Mapping[str, Tensor], options: Options, digest: str, keep: Keep | None = None
+    config: ModelConfig, weights: Mapping[str, Weight], options: Options, digest: str, keep: Keep | None = None
 ) -> Engine:
     """An engine over a model's weights (in the options' precision). Raises UserError on settings that can't be.
 
@@ -88,7 +88,7 @@ def build_engine(
 
 def _model(
     config: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
     options: Options,
     digest: str,
     keep: Keep,
@@ -103,15 +103,17 @@ def _model(
         spread = _spread(config, weights, ops, digest) if int8 else None
         return family.prepared(config, weights, ops, spread)
 
-    layout = f"{options.precision}-{ops.layout(DTYPES[options.precision])}"
-    return family(config, keep(layout, pieces), ops, served=max_len, int8=int8)
+    layout = "blocks" if options.weights == "compact" else ops.layout(DTYPES[options.precision])
+    if layout == "blocks" and not ops.READS_BLOCKS:
+        raise UserError("--weights compact needs the compiled kernels, which this model can't have here; leave it out")
+    return family(config, keep(f"{options.precision}-{layout}", pieces), ops, served=max_len, int8=int8)
 
 
 def _unkept(layout: str, pieces: Callable[[], Iterable[tuple[str, Tensor]]]) -> Mapping[str, Tensor]:
     return dict(pieces())
 
 
-def _spread(config: ModelConfig, weights: Mapping[str, Tensor], ops: ModuleType, digest: str) -> Mapping[str, Tensor]:
+def _spread(config: ModelConfig, weights: Mapping[str, Weight], ops: ModuleType, digest: str) -> Mapping[str, Tensor]:
     """What the model's linears read, for int8 ones: measured once, on a model in bfloat16 that is gone afterwards."""
     spread = remembered(digest)
     if spread is None:

@@ -1,8 +1,8 @@
 """Weights as GGUF files hold them, in blocks of 4 to 8 bits, and what each type of block means.
 
-Every type is one thing with other numbers: scalars q of few bits without a sign, worth d q + m each. d and m are float16
-and hold for 32 scalars, or for 256 of which each 16 or 32 multiply them by an integer of their own; where a block has
-no m it is -zero d. Layouts are those of ggml's block_q4_0 .. block_q6_K.
+Every type is one thing with other numbers: scalars q of few bits without a sign, worth d q + m each. d and m are
+float16 and hold for 32 scalars, or for 256 of which each 16 or 32 multiply them by an integer of their own; where a
+block has no m it is -zero d. Layouts are those of ggml's block_q4_0 .. block_q6_K.
 """
 
 from __future__ import annotations
@@ -109,19 +109,21 @@ def _factors(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q4_k(b: Tensor) -> Quants:
-    q = _nibbles(b[..., 16:].unflatten(-1, (4, 32)))
+    q = _nibbles(b[..., 16:].reshape(len(b), -1, 32))
     return Quants(q.flatten(1), 4, 0, _half(b, 0), _half(b, 2), *_factors(b[..., 4:16]))
 
 
 def _q5_k(b: Tensor) -> Quants:
     high = (b[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
-    q = _nibbles(b[..., 48:].unflatten(-1, (4, 32))).flatten(-2) | (high << 4).flatten(-2)
+    q = _nibbles(b[..., 48:].reshape(*b.shape[:2], 4, 32)).flatten(-2) | (high << 4).flatten(-2)
     return Quants(q.flatten(1), 5, 0, _half(b, 0), _half(b, 2), *_factors(b[..., 4:16]))
 
 
 def _q6_k(b: Tensor) -> Quants:
-    low = _nibbles(b[..., :128].unflatten(-1, (2, 64)))
-    high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]) & 3
+    low = _nibbles(b[..., :128].reshape(*b.shape[:2], 2, 64))
+    high = (
+        b[..., 128:192].reshape(*b.shape[:2], 2, 1, 32) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    ) & 3
     q = low.flatten(1) | (high << 4).flatten(1)
     return Quants(q, 6, 32, _half(b, 208), sub_d=b[..., 192:208].contiguous().view(torch.int8).flatten(1))
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from firstlight.kernels.blocks import Stored
 from firstlight.kernels.rows8 import Rows8
 from firstlight.models.config import ModelConfig
 from firstlight.models.fields import Fields
@@ -28,11 +29,13 @@ LayerTensors = dict[str, tuple[str, tuple[int, ...]]]
 Settings = dict[str, Any]
 """Fields of `ModelConfig` by name."""
 Rows = Tensor | Rows8
+Weight = Tensor | Stored
+"""A tensor, or what a file has of it, for linears that compute from that."""
 Spread = Mapping[str, Tensor]
 """Name of a linear -> mean square of each channel of its input, f32 [I]."""
 _NEVER_INT8 = ("head", "router")
 """Linears whose output is compared: a small error changes a choice."""
-_EMBEDDING, _NORM = "model.embed_tokens.weight", "model.norm.weight"
+EMBEDDING, _NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
 class Decoder:
@@ -83,7 +86,7 @@ class Decoder:
 
     @classmethod
     def prepared(
-        cls, config: ModelConfig, weights: Mapping[str, Tensor], backend: ModuleType, int8: Spread | None = None
+        cls, config: ModelConfig, weights: Mapping[str, Weight], backend: ModuleType, int8: Spread | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """What a model is made of, ready to be kept: small tensors by their names, linears packed for the backend.
 
@@ -91,14 +94,14 @@ class Decoder:
         (models/calibration.py), if they are to be int8.
         """
         linears = _linears_of(backend, int8)
-        yield _NORM, weights[_NORM]
+        yield _NORM, _plain(weights[_NORM])
         if not config.tie_head:
-            yield _EMBEDDING, weights[_EMBEDDING]
+            yield from _embedding(linears, weights[EMBEDDING])
         yield from _parts(linears, "head", [weights[_head_name(config)]])
         names = cls.layer_tensors(config)
         for i in range(config.num_layers):
             layer = {name: weights[f"model.layers.{i}.{name}"] for name in names}
-            yield from ((f"{i}.{name}", w) for name, w in layer.items() if w.dim() == 1)
+            yield from ((f"{i}.{name}", _plain(w)) for name, w in layer.items() if w.dim() == 1)
             for name, joined in cls._linears(layer).items():
                 yield from _parts(linears, f"{i}.{name}", joined)
 
@@ -118,7 +121,7 @@ class Decoder:
         for name, parts in _by_linear(pieces).items():
             self.linears.take(name, parts)
         self.dtype = self.linears.dtype
-        self._embedding = None if config.tie_head else pieces[_EMBEDDING]
+        self._embedding = pieces.get(EMBEDDING)
         if self._embedding is not None and backend.layout(self.dtype) == "rows":
             self._embedding = self._embedding.clone()  # linears were packed anew: nothing else holds the file
         self.precision = "int8" if int8 else str(self.dtype).removeprefix("torch.")
@@ -136,7 +139,9 @@ class Decoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [n] -> residual rows f32 [n, D]."""
-        rows: Tensor = self.linears.head_rows(ids) if self._embedding is None else self._embedding[ids]
+        if self._embedding is not None:
+            return self._embedding[ids].float()
+        rows: Tensor = self.linears.head_rows(ids) if self.config.tie_head else self.linears.rows("embedding", ids)
         return rows.float()
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,14 +253,14 @@ class Decoder:
         return out
 
     @classmethod
-    def _linears(cls, layer: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    def _linears(cls, layer: Mapping[str, Weight]) -> dict[str, list[Weight]]:
         """A layer's linears by short names, those that share an input to be joined: fewer calls, wider products."""
         gate_up = [layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]]
         return attention_linears(layer) | {"gate_up": gate_up, "down": [layer["mlp.down_proj.weight"]]}
 
     def _used(self, name: str) -> float:
         """The share of rows that go through a linear, the head apart."""
-        return float(name != "head")
+        return float(name not in ("head", "embedding"))
 
 
 def tensor_names(family: type[Decoder], c: ModelConfig) -> LayerTensors:
@@ -269,9 +274,15 @@ def tensor_names(family: type[Decoder], c: ModelConfig) -> LayerTensors:
     return tensors if c.tie_head else {**tensors, "lm_head.weight": ("output.weight", (c.vocab_size, c.hidden_size))}
 
 
-def attention_linears(layer: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+def attention_linears(layer: Mapping[str, Weight]) -> dict[str, list[Weight]]:
     """The linears around attention; q, k and v share an input."""
     return {"qkv": [layer[f"self_attn.{p}_proj.weight"] for p in "qkv"], "o": [layer["self_attn.o_proj.weight"]]}
+
+
+def _plain(weight: Weight) -> Tensor:
+    """One that no linear reads, which comes as a tensor."""
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _joined_biases(layer: Mapping[str, Tensor]) -> Tensor | None:
@@ -280,9 +291,14 @@ def _joined_biases(layer: Mapping[str, Tensor]) -> Tensor | None:
     return torch.cat([layer[name] for name in names]) if names[0] in layer else None
 
 
-def _parts(linears: Any, name: str, joined: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _parts(linears: Any, name: str, joined: Sequence[Weight]) -> Iterator[tuple[str, Tensor]]:
     """A linear as it is kept: its parts, each under the linear's name and its own."""
     return ((f"{name}/{part}", tensor) for part, tensor in linears.parts(name, joined).items())
+
+
+def _embedding(linears: Any, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """One that isn't the head, too: a tensor, or a file's blocks, whose rows are read as a linear's."""
+    return iter([(EMBEDDING, weight)]) if isinstance(weight, Tensor) else _parts(linears, "embedding", [weight])
 
 
 def _by_linear(pieces: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -309,4 +325,4 @@ def _linears_of(backend: ModuleType, int8: Spread | None) -> Any:
 
 
 def _head_name(config: ModelConfig) -> str:
-    return _EMBEDDING if config.tie_head else "lm_head.weight"
+    return EMBEDDING if config.tie_head else "lm_head.weight"

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig
-from firstlight.models.decoder import Decoder, Spread
+from firstlight.models.decoder import Decoder, Spread, Weight
 from firstlight.models.gemma3 import Gemma3
 from firstlight.models.llama import Llama, Mistral
 from firstlight.models.qwen2 import Qwen2
@@ -40,7 +38,7 @@ def family_name(architecture: Any) -> str:
 
 def build_model(
     config: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
     backend: ModuleType,
     int8: Spread | None = None,
 ) -> Decoder:

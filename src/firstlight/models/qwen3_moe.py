@@ -13,7 +13,7 @@ from torch import Tensor
 
 from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig
-from firstlight.models.decoder import LayerTensors, Rows, Settings, attention_linears
+from firstlight.models.decoder import LayerTensors, Rows, Settings, Weight, attention_linears
 from firstlight.models.fields import Fields
 from firstlight.models.qwen3 import Qwen3
 
@@ -56,7 +56,7 @@ class Qwen3Moe(Qwen3):
         }
 
     @classmethod
-    def _linears(cls, layer: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    def _linears(cls, layer: Mapping[str, Weight]) -> dict[str, list[Weight]]:
         gate, up, down = (layer[f"mlp.experts.{p}_proj.weight"] for p in ("gate", "up", "down"))
         linears = attention_linears(layer) | {"router": [layer["mlp.gate.weight"]]}
         for expert in range(len(down)):

@@ -7,7 +7,11 @@ from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, layout, l
 from firstlight.kernels.cpu.ops import add_norm, add_rows, gelu_mul, quantise, rms_norm, rotate, scale_rows, silu_mul
 from firstlight.kernels.torch.ops import dependent_linears
 
+READS_BLOCKS = True
+"""Linears compute from a file's own blocks (kernels/blocks.py), where they are given these."""
+
 __all__ = [
+    "READS_BLOCKS",
     "Int8Linears",
     "PackedLinears",
     "add_norm",

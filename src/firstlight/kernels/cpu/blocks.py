@@ -1,7 +1,7 @@
 """Linears straight from the blocks of a GGUF file: nothing larger than those is ever in memory.
 
-The product (csrc/matmul.cpp) makes a few kilobytes of a panel from them just before rows stream by, in the same rounding
-and order as if that panel had lain in memory: its bits are those of `Panels` over the weights unpacked.
+The product (csrc/matmul.cpp) makes a few kilobytes of a panel from them just before rows stream by, in the same
+rounding and order as if that panel had lain in memory: its bits are those of `Panels` over the weights unpacked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Blocks:
         """`parts`: what `packed` made."""
         self._pieces = [_Piece(parts, number) for number in range(sum(name.endswith(".form") for name in parts))]
         self.dtype = parts["blocks"].dtype
-        self.shape = (sum(piece.outputs for piece in self._pieces), self._pieces[0].width)
+        self.shape: tuple[int, ...] = (sum(piece.outputs for piece in self._pieces), self._pieces[0].width)
 
     @staticmethod
     def packed(joined: Sequence[Stored]) -> Parts:
@@ -125,7 +125,7 @@ def _words(w: Quants) -> Tensor:
 def _high(q: Tensor, bits: int) -> Tensor:
     """u8 [O, I] of one or two bits -> those of 8 side by side, u8 or i16 [O, I / 8]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    packed = (q.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (q.view(len(q), -1, 8 // bits) << shifts).sum(-1, dtype=torch.uint8)
     return packed if bits == 1 else packed.contiguous().view(torch.int16)
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from firstlight.kernels.blocks import Stored
+from firstlight.kernels.cpu.blocks import Blocks
 from firstlight.kernels.native import lib
 from firstlight.kernels.rows8 import ZERO_POINT
 from firstlight.kernels.torch import int8, ops
@@ -96,26 +98,38 @@ class PackedLinears(ops.PackedLinears):
         super().__init__(weights)
         _trim()
 
-    def parts(self, name: str, joined: Sequence[Tensor]) -> Parts:
-        rows = ops.join(joined)
+    def parts(self, name: str, joined: Sequence[Tensor | Stored]) -> Parts:
+        stored = [w for w in joined if isinstance(w, Stored)]
+        if len(stored) == len(joined):
+            return Blocks.packed(stored)
+        rows = ops.join([_plain(w) for w in joined])
         return {"rows": rows} if layout(rows.dtype) == "rows" else Panels.packed(rows)
 
     def take(self, name: str, parts: Parts) -> None:
         super().take(name, parts)
-        if "panels" in parts:
-            self.dtype = parts["panels"].dtype
+        for made in ("panels", "blocks"):
+            if made in parts:
+                self.dtype = parts[made].dtype
 
     def logits(self, x: Tensor) -> Tensor:
         """x [n, I] -> the head's product f32 [n, O]: its sums as they are."""
         head = self._packed["head"]
-        return head(x, wide=True) if isinstance(head, Panels) else super().logits(x)
+        return head(x, wide=True) if isinstance(head, Panels | Blocks) else super().logits(x)
 
     def head_rows(self, ids: Tensor) -> Tensor:
         """ids i64 [..] -> these rows of the head's weights [.., I]: a tied embedding."""
         head = self._packed["head"]
-        return head.rows(ids) if isinstance(head, Panels) else super().head_rows(ids)
+        return head.rows(ids) if isinstance(head, Panels | Blocks) else super().head_rows(ids)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """ids i64 [..] -> these rows of a linear's weights [.., I], which are blocks."""
+        blocks = self._packed[name]
+        assert isinstance(blocks, Blocks)
+        return blocks.rows(ids)
 
     def _revived(self, parts: Parts) -> Product:
+        if "blocks" in parts:
+            return Blocks(parts)
         return Panels.of(parts) if "panels" in parts else super()._revived(parts)
 
 
@@ -142,6 +156,13 @@ class Int8Linears(int8.Int8Linears):
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x [n, I], w [O, I] -> x w^T [n, O]."""
     return _product(w)(x)
+
+
+def _plain(w: Tensor | Stored) -> Tensor:
+    if isinstance(w, Tensor):
+        return w
+    blocks = Blocks(Blocks.packed([w]))
+    return blocks.rows(torch.arange(blocks.shape[0]))
 
 
 def _product(w: Tensor) -> Product:

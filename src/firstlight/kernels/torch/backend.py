@@ -19,7 +19,11 @@ from firstlight.kernels.torch.ops import (
 )
 from firstlight.kernels.torch.quantise import quantise
 
+READS_BLOCKS = False
+"""Whether linears compute from a file's own blocks (kernels/blocks.py)."""
+
 __all__ = [
+    "READS_BLOCKS",
     "Int8Linears",
     "PackedLinears",
     "add_norm",

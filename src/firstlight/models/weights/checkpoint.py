@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from firstlight.core.errors import UserError
+from firstlight.kernels.blocks import Stored
 from firstlight.models.config import ModelConfig
 from firstlight.models.decoder import tensor_names
 from firstlight.models.families import FAMILIES
@@ -56,6 +57,10 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in float32 and Hugging Face layout, e.g. [out, in]; a fresh one each time."""
+        ...
+
+    def stored(self, name: str, dtype: torch.dtype) -> Stored:
+        """The tensor in the blocks that `types` says, in the same layout, to be computed in `dtype`; a fresh one."""
         ...
 
 
@@ -126,6 +131,11 @@ class GGUFCheckpoint:
         family = FAMILIES[self.config.architecture]
         return family.from_gguf(self.config, name, self._stored(self._infos[name].name))
 
+    def stored(self, name: str, dtype: torch.dtype) -> Stored:
+        info, family = self._infos[name], FAMILIES[self.config.architecture]
+        raw = torch.from_numpy(self.file.raw(info.name).copy()).view(*info.shape[:-1], -1)
+        return Stored(info.type, family.from_gguf(self.config, name, raw), dtype)
+
     def _stored(self, name: str) -> torch.Tensor:
         """A tensor by its GGUF name, float32, as the file lays it out."""
         return _dequantise(self.file.raw(name), self.file.tensors[name])
@@ -179,6 +189,9 @@ class SafetensorsCheckpoint:
             return torch.stack([self._handles[piece].get_tensor(piece).float() for piece in pieces])
         values: torch.Tensor = self._handles[pieces[0]].get_tensor(pieces[0])
         return values.to(torch.float32, copy=True).view(self.shapes[name])
+
+    def stored(self, name: str, dtype: torch.dtype) -> Stored:
+        raise AssertionError("these files hold no blocks")
 
     def _found(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
