@@ -4,40 +4,44 @@
 #include <cmath>
 #include <vector>
 
+#include "entries.h"
 #include "seen.h"
 #include "tile.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
-constexpr int SPLIT = SPLIT_BLOCKS * BLOCK;
 constexpr float LOWEST = -1e30f;  // stands for -inf where a difference is taken
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-// c[R rows, N vectors] = sum over `count` parts of a[R, groups] b[groups, ..]: parts lie `a_part` scalars apart in a.
-template <class T, int R, int N>
-inline void micro(const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part, const typename T::scalar* const* b,
-                  ptrdiff_t ldb, ptrdiff_t b_offset, int count, int groups, float* c, ptrdiff_t ldc) {
-    Sums<T, R, N> sums{};
+// out[R rows, N vectors] = sum over `count` parts of a[R, groups] b[groups, ..]: parts lie `a_part` scalars apart in a.
+template <class P, int R, int N, class Out>
+inline void micro(const typename P::scalar* a, ptrdiff_t lda, ptrdiff_t a_part, const typename P::weight* const* b,
+                  ptrdiff_t ldb, ptrdiff_t b_offset, int count, int groups, const Out& out, int row, int column) {
+    Sums<P, R, N> sums;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sums.at[i][j] = out.template begin<typename P::sum>(row + i);
     for (int part = 0; part < count; ++part) sums.add(a + part * a_part, lda, b[part] + b_offset, ldb, groups);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, sums.at[i][j]);
+        for (int j = 0; j < N; ++j) out.put(row + i, column + j * W, sums.at[i][j]);
 }
 
-// c[rows, columns] = sum over parts of a b. `b` points to `count` matrices [groups, columns] of PAIR scalars each.
-template <class T>
-void product(int rows, int columns, const typename T::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
-             const typename T::scalar* const* b, int count, int groups, float* c, ptrdiff_t ldc) {
-    const ptrdiff_t ldb = (ptrdiff_t)columns * T::PAIR;
+// out[rows, columns] = sum over parts of a b. `b` points to `count` matrices [groups, columns] of PAIR scalars each.
+template <class P, class Out>
+void product(int rows, int columns, const typename P::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
+             const typename P::weight* const* b, int count, int groups, const Out& out) {
+    const ptrdiff_t ldb = (ptrdiff_t)columns * P::PAIR;
     const auto vectors = [&](auto n_vectors, int n) {
         constexpr int N = n_vectors;
         for (int r = 0; r < rows; r += MR)
             with_rows(std::min(MR, rows - r), [&](auto R) {
-                micro<T, R, N>(a + r * lda, lda, a_part, b, ldb, n * T::PAIR, count, groups, c + r * ldc + n, ldc);
+                micro<P, R, N>(a + r * lda, lda, a_part, b, ldb, n * P::PAIR, count, groups, out, r, n);
             });
     };
     int n = 0;
@@ -48,39 +52,44 @@ void product(int rows, int columns, const typename T::scalar* a, ptrdiff_t lda, 
 // --- one tile -------------------------------------------------------------------------------------------------------
 
 // Columns of one walk as blocks of their own, copied when they are first asked for.
-template <class T>
+template <class E>
 class Gathered {
   public:
-    using scalar = typename T::scalar;
     void begin(const Walk& walk) { done_.assign((walk.columns.size() + BLOCK - 1) / BLOCK, false); }
 
     // Block n of the columns: K, then V.
-    const scalar* block(const AttnArgs& call, const Tile& tile, const Walk& walk, int n) {
-        const size_t each = 2 * BLOCK * (size_t)call.head_dim;
+    const uint32_t* block(const AttnArgs& call, const Tile& tile, const Walk& walk, int n) {
+        const size_t each = 2 * E::words(call.head_dim);
         if (store_.size() < done_.size() * each) store_.resize(done_.size() * each);
-        scalar* to = &store_[n * each];
-        if (!done_[n]) copy(call, tile, &walk.columns[(size_t)n * BLOCK], std::min(BLOCK, (int)walk.columns.size() - n * BLOCK), (uint32_t*)to);
+        uint32_t* to = &store_[n * each];
+        if (!done_[n]) copy(call, tile, &walk.columns[(size_t)n * BLOCK], std::min(BLOCK, (int)walk.columns.size() - n * BLOCK), to);
         done_[n] = true;
         return to;
     }
 
   private:
-    // A word is what a dot-product step takes: PAIR scalars, of one entry in K, of as many entries in V.
+    // A word is what a dot-product step takes: PAIR scalars, of one entry in K, of as many entries in V. Behind them
+    // there may be rows of words for the entries themselves.
     static void copy(const AttnArgs& call, const Tile& tile, const int32_t* columns, int count, uint32_t* to) {
-        constexpr int P = T::PAIR, BITS = 32 / P;
-        const ptrdiff_t groups = call.head_dim / P, words = BLOCK * groups;
+        constexpr int P = E::Weight::PAIR, BITS = 32 / P;
+        const ptrdiff_t groups = call.head_dim / P, words = E::words(call.head_dim);
         const View& view = view_of(call, tile);
-        const uint32_t *k[BLOCK], *v[BLOCK];
+        const uint32_t *k[BLOCK], *v[BLOCK], *behind[BLOCK];
         int shift[BLOCK];
         for (int j = 0; j < BLOCK; ++j) {
             const int32_t c = columns[j < count ? j : 0];
             const int place = c % BLOCK;
             const ptrdiff_t at = view.table[tile.kv * view.table_stride + c / BLOCK] * words;
             k[j] = (const uint32_t*)call.k + at + place, v[j] = (const uint32_t*)call.v + at + place / P * call.head_dim;
+            behind[j] = (const uint32_t*)call.v + at + place;
             shift[j] = place % P * BITS;
         }
-        for (ptrdiff_t g = 0; g < groups; ++g)
-            for (int j = 0; j < BLOCK; ++j) to[g * BLOCK + j] = k[j][g * BLOCK];
+        const auto rows = [](const uint32_t* const* from, ptrdiff_t first, ptrdiff_t end, uint32_t* out) {
+            for (ptrdiff_t g = first; g < end; ++g)
+                for (int j = 0; j < BLOCK; ++j) out[g * BLOCK + j] = from[j][g * BLOCK];
+        };
+        rows(k, 0, words / BLOCK, to);
+        rows(behind, groups, words / BLOCK, to + words);
         constexpr uint32_t ONE = (uint32_t)((1ull << BITS) - 1);
         for (int j = 0; j < BLOCK; j += P) {
             uint32_t* out = to + words + j / P * call.head_dim;
@@ -92,18 +101,19 @@ class Gathered {
         }
     }
 
-    std::vector<scalar> store_;
+    std::vector<uint32_t> store_;
     std::vector<bool> done_;
 };
 
 // A thread's memory: what its list reads, the tile's rows, and one split's scores. Kept from call to call.
-template <class T>
+template <class E>
 struct Scratch {
-    using scalar = typename T::scalar;
     Walk walk;
-    Gathered<T> gathered;
-    std::vector<scalar> q;
-    std::vector<float> score, part, out, top, total, best, below;
+    Gathered<E> gathered;
+    std::vector<typename E::Query::scalar> q;
+    typename E::Rows q_rows;
+    typename E::Shares shares;
+    std::vector<float> score, part, out, top, total, best, below, worth;
     std::vector<uint8_t> kept;
     std::vector<uint64_t> mask;
     void begin(const AttnArgs& call, const Tile& tile, bool by_number = false) {
@@ -113,23 +123,27 @@ struct Scratch {
     void reserve(int rows, int dim) {
         const size_t n = (size_t)rows;
         if (q.size() < n * dim) q.resize(n * dim), part.resize(n * dim), out.resize(n * dim);
+        if (top.size() < n) q_rows.resize(n), worth.resize(n * TOPS);
         if (top.size() < n) score.resize(n * SPLIT), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS), best.resize(n), below.resize(n), kept.resize(n * SPLIT_BLOCKS);
     }
 };
 
-template <class T>
+template <class E>
 class TileWork {
   public:
+    using T = typename E::Model;
     using scalar = typename T::scalar;
+    using Query = typename E::Query;
+    using Weight = typename E::Weight;
     // `s.walk` is that of the tile's list.
-    TileWork(const AttnArgs& call, const Tile& tile, Scratch<T>& s)
+    TileWork(const AttnArgs& call, const Tile& tile, Scratch<E>& s)
         : call_(call), tile_(tile), seen_(call, tile, s.walk), s_(s), dim_((int)call.head_dim), rows_(tile.rows()),
-          groups_(dim_ / T::PAIR), in_place_(seen_.num_blocks()), block_size_((ptrdiff_t)BLOCK * dim_),
+          in_place_(seen_.num_blocks()), words_(E::words(dim_)),
           log2_scale_(call.scale * LOG2E) {
         s.reserve(rows_, dim_);
         for (int i = 0; i < rows_; ++i) {
             const int row = tile.lo + i / tile.group, head = tile.head + i % tile.group;
-            std::memcpy(&s.q[(size_t)i * dim_], (const scalar*)call.q + row * call.q_row + head * call.q_head, dim_ * sizeof(scalar));
+            E::take((const scalar*)call.q + row * call.q_row + head * call.q_head, dim_, &s.q[(size_t)i * dim_], s.q_rows, i);
         }
     }
     // Blocks that lie in the view come in splits of their own, before those that were gathered.
@@ -152,11 +166,12 @@ class TileWork {
             number_[active] = b;
             full_[active] = sum.every == ~0ull;
             if (in_place) {
-                const ptrdiff_t at = seen_.block(b) * block_size_;
-                keys_[active] = (const scalar*)call_.k + at, values_[active] = (const scalar*)call_.v + at;
+                const ptrdiff_t at = seen_.block(b) * words_;
+                keys_[active] = (const uint32_t*)call_.k + at, values_[active] = (const uint32_t*)call_.v + at;
             } else {
-                keys_[active] = s_.gathered.block(call_, tile_, s_.walk, i), values_[active] = keys_[active] + block_size_;
+                keys_[active] = s_.gathered.block(call_, tile_, s_.walk, i), values_[active] = keys_[active] + words_;
             }
+            s_.shares.set(active * BLOCK, values_[active], dim_);
             ++active;
         }
         return active;
@@ -167,7 +182,8 @@ class TileWork {
     int score(int active) {
         const int tokens = tile_.hi - tile_.lo;
         for (int j = 0; j < active; ++j) {
-            product<T>(rows_, BLOCK, s_.q.data(), dim_, 0, &keys_[j], 1, groups_, &s_.score[j * BLOCK], SPLIT);
+            const auto* k = (const typename Query::weight*)keys_[j];
+            product<Query>(rows_, BLOCK, s_.q.data(), dim_, 0, &k, 1, dim_ / Query::PAIR, E::scores(&s_.score[j * BLOCK], keys_[j], dim_, s_.q_rows));
             if (call_.cap > 0) cap(j * BLOCK);
             if (full_[j]) {
                 visible_ += (int64_t)rows_ * BLOCK;
@@ -201,40 +217,32 @@ class TileWork {
     bool reduce(int n, float* part, float* top, float* total) {
         const int active = scores(n);
         if (!active) return false;
-        const int vectors = active * BLOCK / W;
-        for (int i = 0; i < rows_; ++i) {
-            float* score = &s_.score[(size_t)i * SPLIT];
-            vf highest = load(score);
-            for (int j = 1; j < vectors; ++j) highest = max(highest, load(score + j * W));
-            top[i] = std::max(highest_fast(highest), LOWEST);
-            top[i] *= log2_scale_;
-            const vf shift = all(-top[i]), scale = all(log2_scale_);
-            vf mass = {};
-            scalar* weight = (scalar*)score;  // in place: never ahead of what is read
-            for (int j = 0; j < vectors; ++j) {
-                const vf p = exp2<T::TERMS>(fma(load(score + j * W), scale, shift));
-                mass += p;
-                T::narrow(weight + j * W, p);
-            }
-            total[i] = sum(mass);
-        }
+        for (int i = 0; i < rows_; ++i) total[i] = weigh<false>(i, active, top[i]);
         multiply(active, part);
         return true;
     }
 
     // The split's weights over `count` blocks, in the scores' place, times V.
     void multiply(int count, float* part) {
-        const ptrdiff_t stride = SPLIT * (ptrdiff_t)(sizeof(float) / sizeof(scalar));
-        product<T>(rows_, dim_, (const scalar*)s_.score.data(), stride, BLOCK, values_, count, BLOCK / T::PAIR, part, dim_);
+        constexpr ptrdiff_t each = sizeof(typename Weight::scalar), stride = SPLIT * (ptrdiff_t)sizeof(float) / each;
+        const typename Weight::weight* v[SPLIT_BLOCKS];
+        for (int n = 0; n < count; ++n) v[n] = (const typename Weight::weight*)values_[n];
+        const auto times = [&](int first, int blocks, const auto& out) {
+            product<Weight>(rows_, dim_, (const typename Weight::scalar*)s_.score.data() + first * BLOCK, stride, BLOCK, v + first, blocks, BLOCK / Weight::PAIR, out);
+        };
+        if constexpr (E::BY_BLOCK) {
+            times(0, 1, Added<true>{part, dim_, s_.worth.data()});
+            for (int n = 1; n < count; ++n) times(n, 1, Added<false>{part, dim_, &s_.worth[n]});
+        } else {
+            times(0, count, Stored{part, dim_});
+        }
     }
 
     // The same where rows skip blocks whose scores lie far below what they have seen: the blocks at [begin, end) of the
     // walk. What a row skips has the weight 0 and changes no bit, so what all of them skip is left out.
     bool reduce_kept(int begin, int end, bool descending, float* part, float* top, float* total) {
         const int active = score(find(begin, end, true));
-        std::fill_n(top, rows_, LOWEST);
-        std::fill_n(total, rows_, 0.0f);
-        for (int n = 0; n < active; ++n) vote(descending ? active - 1 - n : n, top);
+        for (int n = 0; n < active; ++n) vote(descending ? active - 1 - n : n);
         int count = 0;
         for (int j = 0; j < active; ++j) {
             const uint8_t* kept = &s_.kept[(size_t)j * rows_];
@@ -243,16 +251,13 @@ class TileWork {
             place_[count++] = j;
         }
         if (!count) return false;
-        for (int i = 0; i < rows_; ++i) {
-            top[i] *= log2_scale_;
-            total[i] = weigh(i, count, top[i]);
-        }
+        for (int i = 0; i < rows_; ++i) total[i] = weigh<true>(i, count, top[i]);
         multiply(count, part);
         return true;
     }
 
-    // Which rows keep block j, and the highest score that each has kept of the split.
-    void vote(int j, float* top) {
+    // Which rows keep block j.
+    void vote(int j) {
         const int tokens = tile_.hi - tile_.lo;
         for (int i = 0; i < rows_; ++i) {
             const float* score = &s_.score[(size_t)i * SPLIT + j * BLOCK];
@@ -262,24 +267,39 @@ class TileWork {
             const bool keep = high > -INFINITY && !(high - s_.best[i] < s_.below[i]);  // never -inf minus -inf
             s_.kept[(size_t)j * rows_ + i] = keep;
             s_.best[i] = std::max(s_.best[i], high);
-            if (keep) top[i] = std::max(top[i], high);
-            else visible_ -= full_[j] ? BLOCK : __builtin_popcountll(s_.mask[(size_t)j * tokens + i / tile_.group]);
+            if (!keep) visible_ -= full_[j] ? BLOCK : __builtin_popcountll(s_.mask[(size_t)j * tokens + i / tile_.group]);
         }
     }
 
-    // Weights of row i over the `count` blocks that somebody keeps, side by side; their sum.
-    float weigh(int i, int count, float top) {
-        const vf shift = all(-top), scale = all(log2_scale_), none = {};
+    // Weights of row i over `count` blocks, side by side, in powers of two from `top` on; their sum. If SKIPS, over those
+    // that the row keeps. Where each block's have a top of their own, `worth` says what that is beside the row's.
+    template <bool SKIPS>
+    float weigh(int i, int count, float& top) {
         float* score = &s_.score[(size_t)i * SPLIT];
-        scalar* weight = (scalar*)score;  // in place: never ahead of what is read
+        float* worth = &s_.worth[(size_t)i * TOPS];
+        const vf scale = all(log2_scale_), none = {};
+        const auto place = [&](int n) { return SKIPS ? place_[n] * BLOCK : n * BLOCK; };
+        const auto keeps = [&](int n) { return !SKIPS || s_.kept[(size_t)place_[n] * rows_ + i]; };
+        float tops[TOPS];
+        vf high = all(LOWEST);
+        for (int n = 0; n < count; ++n) {
+            for (int at = place(n), e = at; keeps(n) && e < at + BLOCK; e += W) high = max(high, E::level(load(score + e), scale, s_.shares, e));
+            if constexpr (E::BY_BLOCK) tops[n] = highest_fast(high), high = all(LOWEST);
+        }
+        if constexpr (E::BY_BLOCK) {
+            std::fill(tops + count, tops + TOPS, LOWEST);
+            for (int n = 0; n < TOPS; n += W) high = max(high, load(tops + n));
+            for (int n = 0; n < TOPS; n += W) store(worth + n, exp2<5>(load(tops + n) - all(highest_fast(high))));
+        }
+        top = E::top(highest_fast(high), log2_scale_);
+        auto* weight = (typename Weight::scalar*)score;  // in place: never ahead of what is read
         vf mass = {};
         for (int n = 0; n < count; ++n) {
-            const bool keep = s_.kept[(size_t)place_[n] * rows_ + i];
-            for (int e = 0; e < BLOCK; e += W) {
-                const vf p = keep ? exp2<T::TERMS>(fma(load(score + place_[n] * BLOCK + e), scale, shift)) : none;
-                mass += p;
-                T::narrow(weight + n * BLOCK + e, p);
-            }
+            const vf shift = all(-(E::BY_BLOCK ? E::top(tops[n], log2_scale_) : top));
+            vf part = {};
+            for (int at = place(n), e = 0; e < BLOCK; e += W)
+                E::narrow(weight + n * BLOCK + e, keeps(n) ? E::weight(load(score + at + e), scale, shift, s_.shares, at + e, E::BY_BLOCK ? part : mass) : none);
+            if constexpr (E::BY_BLOCK) mass = fma(part, all(worth[n]), mass);
         }
         return sum(mass);
     }
@@ -308,9 +328,10 @@ class TileWork {
         for (int i = 0; i < rows_; ++i) {
             const int row = tile_.lo + i / tile_.group, head = tile_.head + i % tile_.group;
             const bool empty = s_.total[i] == 0;
-            const vf share = all(empty ? 0.0f : 1 / s_.total[i]);
+            float* row_out = &s_.out[(size_t)i * dim_];
+            const vf share = all(empty ? 0.0f : E::finish(row_out, dim_) / s_.total[i]);
             scalar* out = (scalar*)call_.out + row * call_.out_row + head * call_.out_head;
-            for (int d = 0; d < dim_; d += W) T::narrow(out + d, load(&s_.out[(size_t)i * dim_ + d]) * share);
+            for (int d = 0; d < dim_; d += W) T::narrow(out + d, load(row_out + d) * share);
             const float lse = empty ? -INFINITY : s_.top[i] + std::log2(s_.total[i]);
             if (call_.lse) call_.lse[row * call_.num_heads + head] = lse * LN2;
             if (lse2) lse2[row * call_.num_heads + head] = lse;
@@ -373,11 +394,11 @@ class TileWork {
     const AttnArgs& call_;
     const Tile& tile_;
     Seen seen_;
-    Scratch<T>& s_;
-    const int dim_, rows_, groups_, in_place_;
-    const ptrdiff_t block_size_;
+    Scratch<E>& s_;
+    const int dim_, rows_, in_place_;
+    const ptrdiff_t words_;
     const float log2_scale_;
-    const scalar *keys_[SPLIT_BLOCKS], *values_[SPLIT_BLOCKS];
+    const uint32_t *keys_[SPLIT_BLOCKS], *values_[SPLIT_BLOCKS];
     int number_[SPLIT_BLOCKS], place_[SPLIT_BLOCKS];
     bool full_[SPLIT_BLOCKS];
     std::vector<float> tops_;

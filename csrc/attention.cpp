@@ -69,21 +69,21 @@ std::vector<int> runs(const AttnArgs& call, const std::vector<Tile>& work) {
     return made;
 }
 
-template <class T>
-Scratch<T>& scratch() {
-    static thread_local Scratch<T> mine;
+template <class E>
+Scratch<E>& scratch() {
+    static thread_local Scratch<E> mine;
     return mine;
 }
 
 // Few tiles, long views: splits of all tiles side by side, then joined. The same operations, so the same bits.
-template <class T>
+template <class E>
 int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* lse2) {
     const int dim = (int)call.head_dim;
     std::vector<int> first(work.size() + 1), owner;
     std::vector<size_t> rows(1);
     for (size_t t = 0; t < work.size(); ++t) {
-        scratch<T>().begin(call, work[t]);
-        const int splits = TileWork<T>(call, work[t], scratch<T>()).num_splits();
+        scratch<E>().begin(call, work[t]);
+        const int splits = TileWork<E>(call, work[t], scratch<E>()).num_splits();
         first[t + 1] = first[t] + splits;
         owner.insert(owner.end(), splits, (int)t);
         for (int n = 0; n < splits; ++n) rows.push_back(rows.back() + work[t].rows());
@@ -97,14 +97,14 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
     {
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < owner.size(); ++i) {
-            scratch<T>().begin(call, work[owner[i]]);
-            TileWork<T> tile(call, work[owner[i]], scratch<T>());
+            scratch<E>().begin(call, work[owner[i]]);
+            TileWork<E> tile(call, work[owner[i]], scratch<E>());
             any[i] = tile.reduce((int)i - first[owner[i]], part + rows[i] * dim, top + rows[i], total + rows[i]);
             visible += tile.visible();
         }
 #pragma omp for schedule(dynamic, 1)
         for (size_t t = 0; t < work.size(); ++t) {
-            TileWork<T> tile(call, work[t], scratch<T>());
+            TileWork<E> tile(call, work[t], scratch<E>());
             tile.begin();
             for (int i = first[t]; i < first[t + 1]; ++i)
                 if (any[i]) tile.join(part + rows[i] * dim, top + rows[i], total + rows[i]);
@@ -114,15 +114,15 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
     return visible;
 }
 
-template <class T>
+template <class E>
 int64_t by_tiles(const AttnArgs& call, const std::vector<Tile>& work, float* lse2) {
     int64_t visible = 0;
     const std::vector<int> first = runs(call, work);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) reduction(+ : visible)
     for (size_t i = first.size() - 1; i > 0; --i) {  // the last rows see most: heavy tiles first
-        scratch<T>().begin(call, work[first[i - 1]]);
+        scratch<E>().begin(call, work[first[i - 1]]);
         for (int t = first[i - 1]; t < first[i]; ++t) {
-            TileWork<T> tile(call, work[t], scratch<T>());
+            TileWork<E> tile(call, work[t], scratch<E>());
             tile.whole(lse2);
             visible += tile.visible();
         }
@@ -149,7 +149,7 @@ std::vector<Tile> in_order(const AttnArgs& call, const std::vector<Tile>& work, 
 }
 
 // Probe sums: (request, KV head, split) side by side, rows in order.
-template <class T>
+template <class E>
 void probe(const AttnArgs& call, const std::vector<Tile>& work, const float* lse2) {
     struct Job {
         int b, kv, split;
@@ -164,26 +164,31 @@ void probe(const AttnArgs& call, const std::vector<Tile>& work, const float* lse
         const Job& job = jobs[i];
         float* sums = call.probe_sums[job.b] + job.kv * call.probe_len[job.b];
         for (const Tile& t : in_order(call, work, job.b, job.kv)) {
-            scratch<T>().begin(call, t, true);
-            TileWork<T> tile(call, t, scratch<T>());
+            scratch<E>().begin(call, t, true);
+            TileWork<E> tile(call, t, scratch<E>());
             if (job.split < tile.num_splits()) tile.probe(job.split, call.probe_first[t.b], lse2, sums, call.probe_len[t.b]);
         }
     }
 }
 
-template <class T>
+template <class E>
 int64_t attend_as(const AttnArgs& call) {
     const std::vector<Tile> work = tiles(call);
     std::vector<float> lse2(call.probe_sums ? (size_t)call.row_ptr[call.num_requests] * call.num_heads : 0);
     float* keep = call.probe_sums ? lse2.data() : nullptr;
     const bool few = (int)work.size() < 8 * call.threads && !(call.plan && call.plan->skip_log);
-    const int64_t visible = few ? by_splits<T>(call, work, keep) : by_tiles<T>(call, work, keep);
-    if (keep) probe<T>(call, work, keep);
+    const int64_t visible = few ? by_splits<E>(call, work, keep) : by_tiles<E>(call, work, keep);
+    if (keep) probe<E>(call, work, keep);
     return visible;
 }
 
 }  // namespace
 
-int64_t attend(const AttnArgs& call, bool bf16) { return bf16 ? attend_as<BF16>(call) : attend_as<F32>(call); }
+template <template <class> class E>
+int64_t attend_in(const AttnArgs& call, bool bf16) {
+    return bf16 ? attend_as<E<BF16>>(call) : attend_as<E<F32>>(call);
+}
+
+int64_t attend(const AttnArgs& call, bool bf16, bool bytes) { return bytes ? attend_in<Eighths>(call, bf16) : attend_in<Plain>(call, bf16); }
 
 }  // namespace firstlight::FIRSTLIGHT_VARIANT

@@ -56,6 +56,6 @@ struct AttnArgs {
 };
 
 // Attention of rows [r0, r1). Returns the (row, entry, query head) triples that were visible.
-using Attend = int64_t (*)(const AttnArgs&, bool bf16);
+using Attend = int64_t (*)(const AttnArgs&, bool bf16, bool bytes);
 
 }  // namespace firstlight

@@ -5,7 +5,7 @@ namespace firstlight {
 
 #define FIRSTLIGHT_DECLARE(name)                                                   \
     namespace name {                                                               \
-    int64_t attend(const AttnArgs&, bool);                                         \
+    int64_t attend(const AttnArgs&, bool, bool);                                   \
     void rms_norm(const RowArgs&, const float*, float);                            \
     void add_norm(const RowArgs&, float*, int64_t, const float*, float);           \
     void add_rows(const RowArgs&, float*, int64_t);                                \

@@ -41,7 +41,7 @@ using Numbers = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>
 
 // `call`, `plan`, `probe`: the fields of AttnArgs, PlanLists and the probe's in the order of cpu/attention.py.
 int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers> probe, Address views, float scale,
-               float cap, int64_t r0, int64_t r1, int threads, bool bf16) {
+               float cap, int64_t r0, int64_t r1, int threads, bool bf16, bool bytes) {
     const int64_t* c = call.data();
     AttnArgs a{};
     a.q = at<void>(c[0]), a.q_row = c[1], a.q_head = c[2];
@@ -66,9 +66,9 @@ int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers>
     }
     if (recorder && (plan || probe)) recorder->is_whole = false;  // their lists are this call's alone
     nb::gil_scoped_release free;
-    return perform([kernels = active, a, lists, listed = plan.has_value(), bf16]() mutable {
+    return perform([kernels = active, a, lists, listed = plan.has_value(), bf16, bytes]() mutable {
         a.plan = listed ? &lists : nullptr;
-        return kernels->attend(a, bf16);
+        return kernels->attend(a, bf16, bytes);
     });
 }
 
@@ -95,7 +95,8 @@ NB_MODULE(_native, m) {
     m.def("choose", choose, nb::arg("name"), "run this variant from now on; false if the processor can't");
     m.def("active", [] { return std::string(active->name); });
     m.def("attend", attend, nb::arg("call"), nb::arg("plan").none(), nb::arg("probe").none(), nb::arg("views"),
-          nb::arg("scale"), nb::arg("cap"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"));
+          nb::arg("scale"), nb::arg("cap"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"),
+          nb::arg("bytes"));
     const nb::call_guard<nb::gil_scoped_release> unlocked;
     m.def("rms_norm", row_operator<&Kernels::rms_norm, Address, float>(), unlocked);
     m.def("add_norm", row_operator<&Kernels::add_norm, Address, int64_t, Address, float>(), unlocked);
@@ -105,8 +106,8 @@ NB_MODULE(_native, m) {
     m.def("gate_mul", row_operator<&Kernels::gate_mul, int>(), unlocked);
     m.def(
         "write_kv",
-        [](Address k, Address v, int64_t k_row, int64_t v_row, Address k_blocks, Address v_blocks, Address slots, int64_t rows, int64_t heads, int64_t dim, int threads, bool bf16) {
-            const KVArgs call{at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16};
+        [](Address k, Address v, int64_t k_row, int64_t v_row, Address k_blocks, Address v_blocks, Address slots, int64_t rows, int64_t heads, int64_t dim, int threads, bool bf16, bool bytes) {
+            const KVArgs call{at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16, bytes};
             perform([=, kernels = active] { kernels->write_kv(call); });
         },
         unlocked);

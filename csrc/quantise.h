@@ -76,7 +76,6 @@ inline void hadamard(float* x, int64_t width) {
 
 // The row `x` as bytes around 128; what one step of them is worth. `x` is zero from `width` to the end of its last vector.
 inline float quantise(float* x, int64_t width, uint8_t* out) {
-    typedef uint8_t vb __attribute__((vector_size(W)));
     constexpr float TINY = 1e-30f;  // below it the row counts as zeros: its reciprocal would overflow
     hadamard(x, width);
     vf top{};
@@ -87,7 +86,7 @@ inline float quantise(float* x, int64_t width, uint8_t* out) {
     const float most = highest_fast(top);
     const vf steps = all(most > TINY ? 127 / most : 0), magic = all(12582912.0f + 128);  // integers end in the low bits
     for (int64_t j = 0; j < width; j += W) {
-        const vb bytes = __builtin_convertvector((vu)fma(load(x + j), steps, magic), vb);
+        const vb bytes = low_bytes((vu)fma(load(x + j), steps, magic));
         std::memcpy(out + j, &bytes, width - j < W ? width - j : W);
     }
     return most / (127 * __builtin_sqrtf((float)hadamard_block(width)));

@@ -3,6 +3,9 @@
 // A row is always computed the same way, so its bits don't depend on its neighbours or on the threads.
 #include "rows.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "attention.h"
 #include "quantise.h"
 #include "vec.h"
@@ -10,6 +13,7 @@
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
+constexpr float LEAST_SCALE = 0x1p-60f;  // of an entry of V, whose logarithm is kept
 constexpr int64_t WORTH = 1 << 14;  // scalars below which a second thread costs more than it brings
 
 template <class Body>
@@ -170,6 +174,33 @@ void write_as(const KVArgs& a) {
     });
 }
 
+// The same as bytes (entries.h): K [D / 4, 64, 4], 128 is zero, then the 64 scales; V [16, D, 4], then their logarithms.
+template <class T>
+void write_bytes_as(const KVArgs& a) {
+    using S = typename T::scalar;
+    const int64_t words = BLOCK * a.dim / 4;
+    each_row(a.rows, a.rows * a.heads * a.dim, a.threads, [&](int64_t i) {
+        float* row = row_buffer(a.dim);
+        static thread_local std::vector<uint8_t> bytes;
+        bytes.resize(a.dim);
+        const auto rounded = [&](const S* x) {
+            for (int64_t d = 0; d < a.dim; d += W) each_vector<F32>(row + d, reach(d, a.dim), [&](int64_t, int n) { return some<T>(x + d, n); });
+            return quantise(row, a.dim, bytes.data());
+        };
+        for (int64_t h = 0; h < a.heads; ++h) {
+            const int64_t slot = a.slots[i * a.heads + h], place = slot % BLOCK, at = slot / BLOCK * (words + BLOCK);
+            uint32_t *k = (uint32_t*)a.k_blocks + at, *v = (uint32_t*)a.v_blocks + at;
+            const float k_scale = rounded((const S*)a.k + i * a.k_row + h * a.dim);
+            for (int64_t d = 0; d < a.dim / 4; ++d) std::memcpy(k + d * BLOCK + place, &bytes[4 * d], 4);
+            std::memcpy(k + words + place, &k_scale, 4);
+            const float v_scale = std::log2(std::max(rounded((const S*)a.v + i * a.v_row + h * a.dim), LEAST_SCALE));
+            uint8_t* to = (uint8_t*)(v + place / 4 * a.dim) + place % 4;
+            for (int64_t d = 0; d < a.dim; ++d) to[4 * d] = bytes[d] ^ 128;
+            std::memcpy(v + words + place, &v_scale, 4);
+        }
+    });
+}
+
 }  // namespace
 
 void rms_norm(const RowArgs& a, const float* gain, float eps) { (a.bf16 ? norm_as<BF16> : norm_as<F32>)(a, gain, eps); }
@@ -182,6 +213,9 @@ void rotate(const RowArgs& a, int64_t heads, const float* cos, const float* sin)
     (a.bf16 ? rotate_as<BF16> : rotate_as<F32>)(a, heads, cos, sin);
 }
 void gate_mul(const RowArgs& a, Gate gate) { (a.bf16 ? gate_as<BF16> : gate_as<F32>)(a, gate); }
-void write_kv(const KVArgs& a) { (a.bf16 ? write_as<BF16> : write_as<F32>)(a); }
+void write_kv(const KVArgs& a) {
+    if (a.bytes) (a.bf16 ? write_bytes_as<BF16> : write_bytes_as<F32>)(a);
+    else (a.bf16 ? write_as<BF16> : write_as<F32>)(a);
+}
 
 }  // namespace firstlight::FIRSTLIGHT_VARIANT

@@ -30,7 +30,8 @@ struct KVArgs {
     const int64_t* slots;  // [n, Hkv]
     int64_t rows, heads, dim;
     int threads;
-    bool bf16;
+    bool bf16;   // of k and v
+    bool bytes;  // into blocks of bytes
 };
 
 // Norm of rows of the model's type into rows of it.

@@ -93,6 +93,16 @@ inline vf exp2(vf x) {
     const vi scaled = (vi)p + ((vi)t << 23);
     return (vf)scaled;
 }
+// The lowest byte of each lane.
+typedef uint8_t vb __attribute__((vector_size(W)));
+inline vb low_bytes(vu u) {
+#if defined(__AVX512F__)
+    return (vb)_mm512_cvtepi32_epi8((__m512i)u);
+#else
+    return __builtin_convertvector(u, vb);
+#endif
+}
+
 inline float exp2_one(float x) { return exp2<5>(all(x))[0]; }
 
 // --- storage types: a scalar of the model, and the group of PAIR scalars that one dot-product step consumes ----------
@@ -178,6 +188,25 @@ struct Bytes {
 #else
         const vi w = load_as<vi>(b);
         for (int i = 0; i < 4; ++i) acc += (a >> 8 * i & 255) * (w << (24 - 8 * i) >> 24);
+        return acc;
+#endif
+    }
+};
+
+// The same with the vectors' side without a sign, and the other with one.
+struct SignedBytes {
+    using scalar = int8_t;
+    using weight = uint8_t;
+    using sum = vi;
+    static constexpr int PAIR = 4;
+    using group = vi;
+    static vi group_at(const int8_t* a) { return Bytes::group_at((const uint8_t*)a); }
+    static vi dot(vi acc, vi a, const uint8_t* b) {
+#if defined(__AVX512VNNI__)
+        return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(b), (__m512i)a);
+#else
+        const vi w = load_as<vi>(b);
+        for (int i = 0; i < 4; ++i) acc += (w >> 8 * i & 255) * (a << (24 - 8 * i) >> 24);
         return acc;
 #endif
     }

@@ -1,0 +1,150 @@
+// How K and V lie in blocks, and in what numbers a tile of attention multiplies by them.
+//
+// `Plain`: as the model computes. `Eighths`: bytes. Each entry is turned by a Hadamard matrix and rounded by itself with
+// a scale of its own (quantise.h), so its bytes hang on nothing else. Scores are exact sums of bytes of K, which have no
+// sign (128 is zero), and of a row of q that was turned and rounded the same way. V's scales go into the weights: with
+// them the largest weight that a row has in a block is 255, and the weights too are bytes.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "quantise.h"
+#include "vec.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+namespace {
+
+constexpr int SPLIT = SPLIT_BLOCKS * BLOCK;
+constexpr int TOPS = SPLIT_BLOCKS < W ? W : SPLIT_BLOCKS;  // of a row's blocks in a split, in whole vectors
+
+// Where a product's sums go: `begin` is what a row's start from.
+struct Stored {
+    float* to;
+    ptrdiff_t stride;
+    template <class V>
+    V begin(int) const {
+        return V{};
+    }
+    void put(int row, int column, vf sum) const { store(to + row * stride + column, sum); }
+};
+
+// A block's sums, each row's times `worth`, onto those of the blocks before it.
+template <bool FIRST>
+struct Added {
+    float* to;
+    ptrdiff_t stride;
+    const float* worth;
+    template <class V>
+    V begin(int) const {
+        return V{};
+    }
+    void put(int row, int column, vi sum) const {
+        float* at = to + row * stride + column;
+        store(at, fma(__builtin_convertvector(sum, vf), all(worth[row * TOPS]), FIRST ? vf{} : load(at)));
+    }
+};
+
+template <class T>
+struct Plain {
+    using Model = T;
+    using Query = T;   // rows of q times K
+    using Weight = T;  // weights times V
+    static constexpr bool BY_BLOCK = false;
+    static constexpr ptrdiff_t words(ptrdiff_t dim) { return BLOCK * dim / T::PAIR; }  // of 32 bits, K or V of a block
+
+    // What it takes to read K of one block, V of a split.
+    using Scores = Stored;
+    struct Rows {
+        void resize(size_t) {}
+    };
+    struct Shares {
+        void set(int, const uint32_t*, ptrdiff_t) {}
+    };
+    static void take(const typename T::scalar* q, int dim, typename T::scalar* to, Rows&, int) {
+        std::memcpy(to, q, dim * sizeof *q);
+    }
+    static Scores scores(float* to, const uint32_t*, ptrdiff_t, const Rows&) { return {to, SPLIT}; }
+
+    // A row's scores to weights, against `top`: what its highest level makes it, in powers of two.
+    static vf level(vf score, vf, const Shares&, int) { return score; }
+    static float top(float highest, float scale) { return highest * scale; }
+    static vf weight(vf score, vf scale, vf shift, const Shares&, int, vf& mass) {
+        const vf p = exp2<T::TERMS>(fma(score, scale, shift));
+        mass += p;
+        return p;
+    }
+    static void narrow(typename T::scalar* to, vf p) { T::narrow(to, p); }
+    static float finish(float*, int) { return 1; }
+};
+
+template <class T>
+struct Eighths {
+    using Model = T;
+    using Query = SignedBytes;
+    using Weight = Bytes;
+    static constexpr bool BY_BLOCK = true;  // weights have a top in each block of its own
+    static constexpr ptrdiff_t words(ptrdiff_t dim) { return BLOCK * dim / 4 + BLOCK; }  // bytes, then scales
+    static const float* scales(const uint32_t* block, ptrdiff_t dim) { return (const float*)(block + BLOCK * dim / 4); }
+
+    struct Rows {
+        std::vector<int32_t> start;  // takes the 128 out of K's bytes
+        std::vector<float> step;     // what one of q's steps is worth
+        void resize(size_t n) { start.resize(n), step.resize(n); }
+    };
+    struct Scores {
+        float* to;
+        const float* scale;
+        const Rows& rows;
+        template <class V>
+        V begin(int row) const {
+            return rows.start[row] - vi{};
+        }
+        void put(int row, int column, vi sum) const {
+            const vf score = __builtin_convertvector(sum, vf) * load(scale + column);
+            store(to + (ptrdiff_t)row * SPLIT + column, score * all(rows.step[row]));
+        }
+    };
+    // Of each entry of a split the logarithm of V's scale, to base 2, and the scale's reciprocal.
+    struct Shares {
+        float log[SPLIT], one_in[SPLIT];
+        void set(int at, const uint32_t* v, ptrdiff_t dim) {
+            const float* from = scales(v, dim);
+            for (int e = 0; e < BLOCK; e += W) {
+                store(log + at + e, load(from + e));
+                store(one_in + at + e, exp2<5>(-load(from + e)));
+            }
+        }
+    };
+    static void take(const typename T::scalar* q, int dim, int8_t* to, Rows& rows, int row) {
+        float* x = row_buffer(dim);
+        for (int d = 0; d < dim; d += W) store(x + d, T::widen(q + d));
+        rows.step[row] = quantise(x, dim, (uint8_t*)to);
+        int32_t sum = 0;
+        for (int d = 0; d < dim; ++d) sum += to[d] = (int8_t)((uint8_t)to[d] ^ 128);
+        rows.start[row] = -128 * sum;
+    }
+    static Scores scores(float* to, const uint32_t* k, ptrdiff_t dim, const Rows& rows) { return {to, scales(k, dim), rows}; }
+
+    static vf level(vf score, vf scale, const Shares& shares, int at) { return fma(score, scale, load(shares.log + at)); }
+    static float top(float highest, float) { return highest - LOG2_MOST; }
+    static vf weight(vf score, vf scale, vf shift, const Shares& shares, int at, vf& mass) {
+        const vf p = exp2<4>(fma(score, scale, shift + load(shares.log + at)));
+        mass = fma(p, load(shares.one_in + at), mass);
+        return p;
+    }
+    static void narrow(uint8_t* to, vf p) {
+        const vb bytes = low_bytes((vu)(p + all(12582912.0f)));  // integers end in the low bits
+        std::memcpy(to, &bytes, W);
+    }
+    static float finish(float* out, int dim) {  // turned back
+        hadamard(out, dim);
+        return 1 / __builtin_sqrtf((float)hadamard_block(dim));
+    }
+
+  private:
+    static constexpr float LOG2_MOST = 7.9943534f;  // of 255
+};
+
+}  // namespace
+}  // namespace firstlight::FIRSTLIGHT_VARIANT
