@@ -20,10 +20,10 @@ Ids = NDArray[Any]
 class Pool:
     """`total` blocks with numbers 1..total; number 0 is the layout's zero block and belongs to nobody."""
 
-    def __init__(self, total: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, total: int, head_dim: int, dtype: torch.dtype, layout: type[KVLayout] = KVLayout) -> None:
         self.total = total
-        self.layout = KVLayout(total + 1, head_dim, dtype)
-        self.block_nbytes = KVLayout.block_nbytes(head_dim, dtype)
+        self.layout = layout(total + 1, head_dim, dtype)
+        self.block_nbytes = layout.block_nbytes(head_dim, dtype)
         self.reclaim: Callable[[int], None] = lambda count: None
         """Asks the prefix cache to let `count` blocks go."""
         self.changed: Callable[[Ids], None] = lambda ids: None
@@ -111,8 +111,7 @@ class Pool:
         """Fill all free blocks with nan: whoever reads one gives himself away."""
         self._touched[self._free[: self._num_free]] = True
         free = torch.from_numpy(self._free[: self._num_free].astype(np.int64))
-        for store in (self.layout.k, self.layout.v):
-            store[free] = torch.nan
+        self.layout.poison(free)
 
     def _put_back(self, ids: Ids) -> None:
         self._free[self._num_free : self._num_free + len(ids)] = ids[::-1]

@@ -234,7 +234,7 @@ class RequestKV:
             if len(chosen) == self.length[layer, head]:
                 continue
             places = chosen.numpy()
-            k, v = self.pool.layout.read(_long(self._slots(layer, head, places)))
+            k, v = self.pool.layout.lift(_long(self._slots(layer, head, places)))
             old_tok, old_pos = tok[head, chosen], pos[head, chosen]
             self._rewrite(layer, head, 0, old_tok, old_pos, k, v)
             self._trim(layer, head)
@@ -303,15 +303,18 @@ class RequestKV:
 
     def _put(self, layer: int, head: int | None, entry: NDArray[Any], k: Tensor, v: Tensor) -> None:
         """Write at entry numbers, copying shared blocks first."""
-        if len(entry) == 0:
-            return
+        if len(entry):
+            slots = self._opened(layer, head, entry)
+            shape = (*slots.shape, k.shape[-1])
+            self.pool.layout.write(slots, k.reshape(shape), v.reshape(shape))
+
+    def _opened(self, layer: int, head: int | None, entry: NDArray[Any]) -> Tensor:
+        """Slots i64 [n, heads] of entries that will be written: in blocks that nobody shares."""
         heads = slice(None) if head is None else slice(head, head + 1)
         first, end = int(entry.min()) // BLOCK, int(entry.max()) // BLOCK + 1
         self._own(slice(layer, layer + 1), heads, first, end)
         self.pool.changed(self.table[layer, heads, first:end].ravel())
-        slots = torch.from_numpy(self._slots(layer, head, entry)).view(len(entry), -1)
-        shape = (*slots.shape, k.shape[-1])
-        self.pool.layout.write(slots, k.reshape(shape), v.reshape(shape))
+        return torch.from_numpy(self._slots(layer, head, entry)).view(len(entry), -1)
 
     def _own(self, layers: slice, heads: slice, first: int, end: int) -> None:
         """Blocks [first, end) of these rows must not be shared: copy those that are."""
@@ -377,19 +380,21 @@ class RequestKV:
         n = int(self.length[layer, head or 0])
         old_tok, old_pos = (t[head or 0, at:n] for t in self._explicit[layer])
         slots = _long(self._slots(layer, head, np.arange(at, n)))
-        old_k, old_v = (t.view(n - at, *k.shape[1:]) for t in self.pool.layout.read(slots))
+        k, v = self.pool.layout.pack(k, v)
+        old_k, old_v = (t.view(n - at, *k.shape[1:]) for t in self.pool.layout.lift(slots))
         order = torch.argsort(torch.cat([old_tok, tok]))
         joined = (torch.cat(pair)[order] for pair in ((old_tok, tok), (old_pos, pos), (old_k, k), (old_v, v)))
         self._rewrite(layer, head, at, *joined)
 
     def _rewrite(self, layer: int, head: int | None, at: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Entries from `at` on become these; the row ends with them."""
+        """Entries from `at` on become these, as they are stored; the row ends with them."""
         end = at + len(tok)
         self._widen(layer, end)
         stored = self._explicit[layer]
         rows = slice(None) if head is None else head
         stored[0][rows, at:end], stored[1][rows, at:end] = tok, pos
-        self._put(layer, head, np.arange(at, end), k, v)
+        if end > at:
+            self.pool.layout.lay(self._opened(layer, head, np.arange(at, end)), k, v)
         self.length[layer, rows] = end
 
     def _trim(self, layer: int, head: int) -> None:

@@ -1,8 +1,8 @@
 """The bytes of a KV block. Nobody else knows how keys and values lie in memory.
 
 A block holds K and V of 64 entries of one (layer, KV head), in the order in which dot products of `pair` scalars
-consume them (2 of bf16, 1 of float32): K as [D / pair, 64, pair], V as [64 / pair, D, pair]. Block 0 is reserved: it is
-all zeros, is never written, and stands wherever a table has nothing.
+consume them (4 of int8, 2 of bf16, 1 of float32): K as [D / pair, 64, pair], V as [64 / pair, D, pair]. Block 0 is
+reserved: it is all zeros, is never written, and stands wherever a table has nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from firstlight.kernels.native import lib
+from firstlight.kernels.rows8 import ZERO_POINT
+from firstlight.kernels.torch.quantise import rounded, turned_back
 
 BLOCK = 64
+_LEAST_SCALE = 2.0**-60
+"""Of an entry of V, whose logarithm is kept."""
 
 
 class KVLayout:
@@ -25,6 +29,7 @@ class KVLayout:
 
     tag = "pairs"
     """Names the meaning of a block's bytes: what `export` gave can be restored under the same tag only."""
+    is_int8 = False
 
     def __init__(self, num_blocks: int, head_dim: int, dtype: torch.dtype) -> None:
         self.head_dim, self.dtype = head_dim, dtype
@@ -44,18 +49,30 @@ class KVLayout:
         slots = slots.contiguous()
         if lib is not None and _heads_lie_together(k) and _heads_lie_together(v):
             where = (k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), self.k.data_ptr(), self.v.data_ptr())
-            bf16 = self.dtype == torch.bfloat16
-            lib.write_kv(*where, slots.data_ptr(), n, heads, dim, torch.get_num_threads(), bf16)
+            how = (torch.get_num_threads(), self.dtype == torch.bfloat16, self.is_int8)
+            lib.write_kv(*where, slots.data_ptr(), n, heads, dim, *how)
             return
-        block, place = self._place(slots)
-        self.k[block, :, place] = k[:n].reshape(n * heads, -1, self.pair)
-        self.v[block, place // self.pair, :, place % self.pair] = v[:n].reshape(n * heads, dim)
+        self.lay(slots, *self.pack(k[:n], v[:n]))
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [n, D] of slots i64 [n]."""
+        return self.lift(slots)
+
+    def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [.., D] -> what is stored of each entry [.., E]."""
+        return k, v
+
+    def lift(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored at slots i64 [n], [n, E]: `lay` puts it elsewhere without another rounding."""
         block, place = self._place(slots)
         k = self.k[block, :, place].reshape(len(slots), self.head_dim)
         return k, self.v[block, place // self.pair, :, place % self.pair]
+
+    def lay(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put what `lift` or `pack` gave, [.., E], at slots i64 [..]."""
+        block, place = self._place(slots)
+        self.k[block, :, place] = k.reshape(len(block), -1, self.pair)
+        self.v[block, place // self.pair, :, place % self.pair] = v.reshape(len(block), -1)
 
     def read_blocks(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [H, 64 nb, D] of blocks i32 [H, nb]: row-major copies."""
@@ -66,6 +83,10 @@ class KVLayout:
         """k [H, 64 nb, D] alone; a pair is copied as the word that it is."""
         words = self.k.view(torch.int32).squeeze(-1).index_select(0, table.reshape(-1)).transpose(1, 2).contiguous()
         return words.view(self.dtype).view(table.shape[0], table.shape[1] * BLOCK, self.head_dim)
+
+    def seen(self, q: Tensor) -> Tensor:
+        """Queries [.., D] as scores see them."""
+        return q
 
     def clear(self, blocks: Tensor) -> None:
         """Zero whole blocks i64 [n]."""
@@ -88,10 +109,97 @@ class KVLayout:
         for store, half in zip((self.k, self.v), np.split(data, 2, axis=1)):
             store.flatten(1).view(torch.uint8).numpy()[where] = half
 
+    def poison(self, blocks: Tensor) -> None:
+        """Fill whole blocks i64 [n] with nan."""
+        for store in (self.k, self.v):
+            store[blocks] = torch.nan
+
     def _place(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Block and place of each slot, flat."""
         flat = slots.reshape(-1)
         return torch.div(flat, BLOCK, rounding_mode="floor"), flat % BLOCK
+
+
+class Int8Layout(KVLayout):
+    """The same in 8 bits: each entry turned by a Hadamard matrix and rounded by itself (rows8.py).
+
+    Stored are bytes, of K around 128, of V around 0, and behind them 64 float32: K's scales, the logarithms to base 2 of
+    V's. Shapes: k, v u8 [num_blocks, 64 (D + 4)]. An entry by itself is u8 [D + 4].
+    """
+
+    tag = "int8"
+    is_int8 = True
+
+    def __init__(self, num_blocks: int, head_dim: int, dtype: torch.dtype) -> None:
+        """`dtype`: of the model, and of what is read."""
+        self.head_dim, self.dtype, self.pair = head_dim, dtype, 4
+        size, values = BLOCK * (head_dim + 4), BLOCK * head_dim
+        self.k, self.v = _untouched((num_blocks, size)), _untouched((num_blocks, size))
+        self._k8 = self.k[:, :values].view(num_blocks, head_dim // 4, BLOCK, 4)
+        self._v8 = self.v[:, :values].view(num_blocks, BLOCK // 4, head_dim, 4)
+        self._k_scale, self._v_log = (store[:, values:].view(num_blocks, BLOCK, 4) for store in (self.k, self.v))
+
+    @staticmethod
+    def block_nbytes(head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one block, K and V."""
+        return 2 * BLOCK * (head_dim + 4)
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [n, D] of slots i64 [n]."""
+        return self._unpack(*self.lift(slots))
+
+    def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [.., D] -> u8 [.., D + 4]."""
+        (k8, k_scale), (v8, v_scale) = (rounded(x.reshape(-1, self.head_dim).float()) for x in (k, v))
+        v_log = v_scale.clamp(min=_LEAST_SCALE).log2()
+        stored = ((k8, k_scale), (v8 ^ ZERO_POINT, v_log))
+        packed_k, packed_v = (torch.cat([x, _bytes(s[:, None])], -1).view(*k.shape[:-1], -1) for x, s in stored)
+        return packed_k, packed_v
+
+    def lift(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """u8 [n, D + 4] of slots i64 [n]."""
+        block, place = self._place(slots)
+        k = self._k8[block, :, place].reshape(len(block), -1)
+        v = self._v8[block, place // 4, :, place % 4]
+        return torch.cat([k, self._k_scale[block, place]], -1), torch.cat([v, self._v_log[block, place]], -1)
+
+    def lay(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put u8 [.., D + 4] at slots i64 [..]."""
+        block, place = self._place(slots)
+        k, v = k.reshape(len(block), -1), v.reshape(len(block), -1)
+        self._k8[block, :, place] = k[:, :-4].reshape(len(block), -1, 4)
+        self._v8[block, place // 4, :, place % 4] = v[:, :-4]
+        self._k_scale[block, place], self._v_log[block, place] = k[:, -4:], v[:, -4:]
+
+    def read_blocks(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [H, 64 nb, D] of blocks i32 [H, nb]: row-major copies."""
+        blocks = table.reshape(-1)
+        k8 = self._k8.index_select(0, blocks).transpose(1, 2).reshape(len(blocks), BLOCK, -1)
+        v8 = self._v8.index_select(0, blocks).transpose(2, 3).reshape(len(blocks), BLOCK, -1)
+        stored = ((k8, self._k_scale), (v8, self._v_log))
+        k, v = self._unpack(*(torch.cat([x, scale.index_select(0, blocks)], -1) for x, scale in stored))
+        shape = (table.shape[0], -1, self.head_dim)
+        return k.view(shape), v.view(shape)
+
+    def seen(self, q: Tensor) -> Tensor:
+        """Queries [.., D] as scores see them: rounded as keys are."""
+        values, scale = rounded(q.reshape(-1, self.head_dim).float())
+        return turned_back((values.float() - ZERO_POINT) * scale[:, None]).view(q.shape).to(q.dtype)
+
+    def poison(self, blocks: Tensor) -> None:
+        """Fill whole blocks i64 [n] with nan: their scales."""
+        for store in (self._k_scale, self._v_log):
+            store[blocks] = _bytes(torch.tensor([torch.nan]))
+
+    def _unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """u8 [.., D + 4] -> k, v [.., D]."""
+        k8, v8 = k[..., :-4].float() - ZERO_POINT, v[..., :-4].view(torch.int8).float()
+        k_scale, v_log = (x[..., -4:].contiguous().view(torch.float32) for x in (k, v))
+        return turned_back(k8 * k_scale).to(self.dtype), turned_back(v8 * torch.exp2(v_log)).to(self.dtype)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 def _heads_lie_together(x: Tensor) -> bool:

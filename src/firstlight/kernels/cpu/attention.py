@@ -38,8 +38,8 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     )
     plan = None if call.plan is None else _plan(call.plan)
     probe = None if call.probe is None else _probe(call.probe)
-    threads, bf16 = torch.get_num_threads(), q.dtype == torch.bfloat16
-    seen = lib.attend(numbers, plan, probe, views.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, threads, bf16)
+    how = (torch.get_num_threads(), q.dtype == torch.bfloat16, layout.is_int8)
+    seen = lib.attend(numbers, plan, probe, views.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, *how)
     call.stats.dense += (before[r1] - before[r0]) * heads
     call.stats.visible += seen
 

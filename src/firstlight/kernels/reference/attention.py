@@ -78,7 +78,7 @@ def scores(call: AttnCall, b: int, h: int, lo: int, hi: int) -> tuple[Tensor, Te
     seen = visible_mask(call, b, h, lo, hi)
     heads = slice(h * seen.shape[1], (h + 1) * seen.shape[1])
     k = _entries(call.layout.read_keys(call.kv[b].table[h : h + 1]), seen)
-    score = call.q[lo:hi, heads].double() @ k.T * call.scale
+    score = call.layout.seen(call.q[lo:hi, heads]).double() @ k.T * call.scale
     if call.score_cap is not None:
         score = call.score_cap * torch.tanh(score / call.score_cap)
     return seen, score.masked_fill(~seen, -torch.inf)

@@ -8,7 +8,7 @@ row's bits are its own. Work inside a part is PyTorch's CPU flash attention, whi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -35,6 +35,8 @@ Parts = list[tuple[Tensor, Tensor]]
 
 def attend(call: AttnCall, r0: int, r1: int) -> None:
     """Attention of rows [r0, r1): writes out, lse, probe sums and stats of the call."""
+    if call.layout.is_int8:
+        call = replace(call, q=call.layout.seen(call.q))
     decode: list[Tile] = []
     before: dict[int, tuple[Tensor, Tensor]] = {}
     for tile in tiles(call, r0, r1):

@@ -14,13 +14,23 @@ _TINY = 1e-30
 def quantise(x: Tensor, smooth: Tensor) -> Rows8:
     """x [n, I], smooth f32 [I] -> `Rows8`."""
     n, width = x.shape
-    turned = _turned(x.float() * smooth)
+    rows = empty_rows8(n, width)
+    rows.values[:n], rows.scale[:] = rounded(x.float() * smooth)
+    return rows
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x f32 [n, I] -> bytes u8 [n, I] of the turned rows around `ZERO_POINT`, and what a step is worth f32 [n]."""
+    turned = _turned(x)
     most = turned.abs().amax(-1)
     steps = torch.where(most > _TINY, 127 / most, torch.zeros(()))
-    rows = empty_rows8(n, width)
-    rows.values[:n] = torch.mul(turned, steps[:, None]).round_().add_(ZERO_POINT).to(torch.uint8)
-    torch.div(most, 127 * hadamard_block(width) ** 0.5, out=rows.scale)
-    return rows
+    values = torch.mul(turned, steps[:, None]).round_().add_(ZERO_POINT).to(torch.uint8)
+    return values, most / (127 * hadamard_block(x.shape[1]) ** 0.5)
+
+
+def turned_back(x: Tensor) -> Tensor:
+    """x f32 [.., I], turned -> [.., I] as it was."""
+    return _turned(x.reshape(-1, x.shape[-1])).view(x.shape) / hadamard_block(x.shape[-1]) ** 0.5
 
 
 def _turned(x: Tensor) -> Tensor:
