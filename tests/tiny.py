@@ -79,7 +79,11 @@ def tiny_model(
     if compact:
         return build_model(config, in_blocks(weights), fastest(16))
     model = build_model(config, weights, fastest(16))
-    return build_model(config, weights, fastest(16), int8=measure(model)) if int8 else model
+    if not int8:
+        return model
+    known = measure(model)
+    centres = [known[f"{layer}.keys"] for layer in range(num_layers)]
+    return build_model(config, weights, fastest(16), int8=known, centres=centres)
 
 
 def in_blocks(weights: dict[str, torch.Tensor]) -> dict[str, Stored | torch.Tensor]:

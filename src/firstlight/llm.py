@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from firstlight.core.config import int8_parts
 from firstlight.core.errors import UserError
 from firstlight.core.request import Completion, SamplingParams
 from firstlight.core.settings import gather_options
@@ -70,12 +71,12 @@ class LLM:
         self.model_name, self.config = str(model), checkpoint.config
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
         kind = CompactWeights if self.options.weights == "compact" else Weights
-        weights = kind(checkpoint, DTYPES[self.options.precision])
+        weights = kind(checkpoint, DTYPES[self.options.compute])
         nbytes = sum(map(weights.nbytes, weights))
         keep = partial(
             kept,
             checkpoint.digest,
-            expected=round(nbytes / (2 if self.options.precision == "int8" else 1)),
+            expected=round(nbytes / (2 if "linears" in int8_parts(self.options.precision) else 1)),
             progress=lambda share: self._progress(Progress("load", share, 1.0)),
         )
         self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest, keep)

@@ -1,7 +1,9 @@
 """How the parity tests ask a backend, and when two answers count as the same.
 
 Tolerances. Float32: 2e-5. Bfloat16, whose inputs both sides share: 1e-2 + 2^-7 of the value on outputs (their rounding
-and that of the weights), 1e-3 on log-sum-exps and probe sums, which stay in float32. Laws about bits hold exactly.
+and that of the weights), 1e-3 on log-sum-exps and probe sums, which stay in float32. Int8 blocks, whose bytes both
+sides share, and queries rounded by each: 2e-2 on outputs (a weight is off by a 510th of its block's largest), 1e-2 on
+log-sum-exps (a byte of a query may fall to the other side). Laws about bits hold exactly.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ VARIANTS = [f"cpu:{isa}" for isa in lib.variants()] if lib is not None else []
 each_backend = pytest.mark.parametrize("name", ["torch", *VARIANTS])
 """PyTorch's operators, and the compiled ones for every instruction set that this processor has."""
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16])
+each_blocks = pytest.mark.parametrize(("dtype", "int8"), [(F32, False), (BF16, False), (BF16, True)])
+"""Of rows, and whether blocks are int8."""
 
 
 @contextmanager
@@ -61,9 +65,10 @@ def sums(call: AttnCall) -> list[torch.Tensor]:
 
 
 def assert_agrees(got: AttnCall, want: AttnCall) -> None:
-    loose = got.q.dtype == BF16
-    atol = 1e-3 if loose else 2e-5
-    torch.testing.assert_close(got.out.float(), want.out, atol=1e-2 if loose else atol, rtol=2**-7 if loose else 1e-5)
+    int8, loose = got.layout.is_int8, got.q.dtype == BF16 or got.layout.is_int8
+    atol = 1e-2 if int8 else 1e-3 if loose else 2e-5
+    out_atol = 2e-2 if int8 else 1e-2 if loose else atol
+    torch.testing.assert_close(got.out.float(), want.out, atol=out_atol, rtol=2**-7 if loose else 1e-5)
     torch.testing.assert_close(got.lse, want.lse, atol=atol, rtol=1e-5)
     for a, b in zip(sums(got), sums(want), strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=atol)

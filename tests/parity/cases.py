@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from firstlight.core.attn import DENSE, AttnPlan
 from firstlight.kernels.contract import AttnCall, AttnRows, AttnStats, KVView, ProbeRows
-from firstlight.kernels.kv_layout import BLOCK, KVLayout
+from firstlight.kernels.kv_layout import BLOCK, Int8Layout, KVLayout
 
 NEVER = 1 << 60
 Generator = np.random.Generator
@@ -52,6 +52,8 @@ class Spec:
     group: int = 3
     dim: int = 16
     dtype: torch.dtype = torch.float32
+    int8: bool = False
+    """Of blocks; `dtype` is the rows'."""
     reqs: tuple[Req, ...] = MIXED
     plan: str = "none"
     """none, or what the lists hold: full, empty, bands, blocks, columns, mixed."""
@@ -105,7 +107,11 @@ def specs(batch: st.SearchStrategy[tuple[Req, ...]], **fixed: object) -> st.Sear
         "probe_rows": st.sampled_from([0, 1, 20]),
         "warped": st.booleans(),
     }
-    return st.builds(Spec, **(free | {key: st.just(value) for key, value in fixed.items()}))
+    return st.builds(Spec, **(free | {key: _drawn(value) for key, value in fixed.items()}))
+
+
+def _drawn(value: object) -> st.SearchStrategy[object]:
+    return value if isinstance(value, st.SearchStrategy) else st.just(value)
 
 
 def build(spec: Spec) -> AttnCall:
@@ -224,8 +230,8 @@ def _fill(rng: Generator, spec: Spec, views: list[KVView]) -> KVLayout:
     block 0, and for the unwritten ends of blocks: those hold some number."""
     blocks = [[-(-n // BLOCK) for n in view.length] for view in views]
     total = sum(map(sum, blocks)) + 3
-    layout = KVLayout(total, spec.dim, spec.dtype)
-    layout.k[1:] = layout.v[1:] = torch.nan
+    layout = (Int8Layout if spec.int8 else KVLayout)(total, spec.dim, spec.dtype)
+    layout.poison(torch.arange(1, total))
     order = np.random.default_rng(spec.seed + 1).permutation(total - 1) if spec.shuffled else np.arange(total - 1)
     free = iter((order + 1).tolist())
     for i, view in enumerate(views):
@@ -233,7 +239,8 @@ def _fill(rng: Generator, spec: Spec, views: list[KVView]) -> KVLayout:
         for h, n in enumerate(blocks[i]):
             table[h, :n] = torch.tensor([next(free) for _ in range(n)], dtype=torch.int32)
         views[i] = view = replace(view, table=table)
-        layout.k[table.long()[table > 0]] = layout.v[table.long()[table > 0]] = 77
+        places = (table[table > 0].long()[:, None] * BLOCK + torch.arange(BLOCK)).view(-1, 1)
+        layout.write(places, *torch.full((2, len(places), 1, spec.dim), 77, dtype=spec.dtype))
         for h, n in enumerate(view.length):
             layout.write(slots_of(view, h)[:, None], *(_normal(rng, (n, 1, spec.dim), spec.dtype) for _ in "kv"))
     return layout

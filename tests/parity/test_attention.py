@@ -15,6 +15,7 @@ from answers import (
     assert_same_bits,
     backend,
     each_backend,
+    each_blocks,
     each_dtype,
     judge,
     run,
@@ -101,18 +102,18 @@ def test_reference_is_the_contract(spec: Spec) -> None:
 
 @each_backend
 @few(80)
-@given(spec=specs(reqs()))
+@given(spec=specs(reqs(), int8=st.booleans()))
 def test_agrees_on_anything(name: str, spec: Spec) -> None:
     call = build(spec)
     assert_agrees(run(name, call), judge(call))
 
 
 @each_backend
-@each_dtype
+@each_blocks
 @pytest.mark.parametrize("plan", ["none", "mixed"])
 @pytest.mark.parametrize(("group", "dim"), GROUPS_AND_DIMS)
-def test_agrees_on_heads(name: str, dtype: torch.dtype, plan: str, group: int, dim: int) -> None:
-    call = build(Spec(group=group, dim=dim, dtype=dtype, plan=plan, probe_rows=8))
+def test_agrees_on_heads(name: str, dtype: torch.dtype, int8: bool, plan: str, group: int, dim: int) -> None:
+    call = build(Spec(group=group, dim=dim, dtype=dtype, int8=int8, plan=plan, probe_rows=8))
     assert_agrees(run(name, call), judge(call))
 
 
@@ -126,18 +127,18 @@ def test_agrees_on_lists(name: str, plan: str, scope: str, blk: int) -> None:
 
 
 @each_backend
-@each_dtype
+@each_blocks
 @pytest.mark.parametrize("plan", ["none", "bands", "mixed"])
 @pytest.mark.parametrize("model_window", [None, 1500])
-def test_agrees_on_long_views(name: str, dtype: torch.dtype, plan: str, model_window: int | None) -> None:
-    call = build(Spec(dim=64, dtype=dtype, reqs=LONG, plan=plan, model_window=model_window, probe_rows=16))
+def test_agrees_on_long_views(name: str, dtype: torch.dtype, int8: bool, plan: str, model_window: int | None) -> None:
+    call = build(Spec(dim=64, dtype=dtype, int8=int8, reqs=LONG, plan=plan, model_window=model_window, probe_rows=16))
     assert_agrees(run(name, call), judge(call))
 
 
 @each_backend
-@each_dtype
-def test_empty_rows_give_zero(name: str, dtype: torch.dtype) -> None:
-    got = run(name, build(Spec(dtype=dtype, plan="empty", probe_rows=9)))
+@each_blocks
+def test_empty_rows_give_zero(name: str, dtype: torch.dtype, int8: bool) -> None:
+    got = run(name, build(Spec(dtype=dtype, int8=int8, plan="empty", probe_rows=9)))
     assert (got.out == 0).all() and (got.lse == -math.inf).all()
     assert all((c == 0).all() for c in sums(got)) and got.stats.visible == 0
 
@@ -162,12 +163,13 @@ def test_extreme_values(name: str, dtype: torch.dtype, kind: str, cap: float | N
 
 
 @each_backend
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025, 4097])
-def test_agrees_on_lengths(name: str, length: int) -> None:
+def test_agrees_on_lengths(name: str, length: int, int8: bool) -> None:
     """Ends of blocks and splits, for prompt and decode rows."""
     first = max(0, length - 20)
     batch = (Req(first, length - first), Req(length - 1, 1, decode=True))
-    call = build(Spec(dim=64, dtype=BF16, reqs=batch, kv_heads=1))
+    call = build(Spec(dim=64, dtype=BF16, int8=int8, reqs=batch, kv_heads=1))
     assert_agrees(run(name, call), judge(call))
 
 
@@ -192,7 +194,7 @@ def poison(call: AttnCall, r0: int, r1: int, free: bool) -> AttnCall:
             used = torch.zeros(table.shape[1], dtype=torch.bool)
             used[seen.nonzero()[:, 0] // BLOCK] = True
             unused = table[h, ~used].long()
-            layout.k[unused[unused > 0]] = layout.v[unused[unused > 0]] = torch.nan
+            layout.poison(unused[unused > 0])
             table[h] = table[h].where(used | torch.tensor(not free), 0)
         views.append(replace(view, table=table))
     return replace(call, layout=layout, kv=views)
@@ -209,7 +211,7 @@ def replace_storage(call: AttnCall):
 @each_backend
 @pytest.mark.parametrize("free", [False, True])
 @few(40)
-@given(spec=specs(reqs()), data=st.data())
+@given(spec=specs(reqs(), int8=st.booleans()), data=st.data())
 def test_unseen_entries_are_not_touched(name: str, free: bool, spec: Spec, data: st.DataObject) -> None:
     call = build(spec)
     n = call.q.shape[0]

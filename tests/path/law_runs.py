@@ -21,6 +21,7 @@ from firstlight.engine.forward import Machine
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
 from firstlight.evaluate.chaos import Chaos
+from firstlight.kernels.kv_layout import Int8Layout, KVLayout
 from firstlight.models.decoder import Decoder
 from firstlight.reuse.prefix import PrefixCache
 
@@ -51,7 +52,8 @@ class Watched(Engine):
 def engine(model: Decoder, policy: Policy | str, columns: int, parts: Sequence[Part], cached: bool) -> Watched:
     config = model.config
     per_column = config.num_layers * config.num_kv_heads
-    pool = Pool(columns * per_column, config.head_dim, model.dtype)
+    layout = Int8Layout if model.precision == "int8" else KVLayout
+    pool = Pool(columns * per_column, config.head_dim, model.dtype, layout)
     view = ViewConfig(config.num_layers, per_column, pool.total, 8, 2048)
     made = Watched(
         Machine(model, model.ops, ParkStore(), Planning(Digests(pool, ()))),

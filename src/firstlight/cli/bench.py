@@ -165,7 +165,7 @@ def _bench(model: str, options: Options, lengths: list[int], tokens: int, repeat
     bars = Bars(phases=("fetch", "load"))
     with bars, LLM(model, progress=bars, **_settings(options)) as llm, status.status("machine") as now:
         machine = describe_machine(torch.get_num_threads())
-        peak = machine["peak_gflops"][options.precision]
+        peak = machine["peak_gflops"][options.precision.partition(":")[0]]
         rows = list(measure(llm, lengths, num_decode=tokens, repeat=repeat, peak_gflops=peak, tell=now.update))
     _show({"machine": machine, "rows": rows}, [table(machine, rows)], as_json)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from firstlight.core.config import format_bytes
+from firstlight.core.config import INT8_PARTS, format_bytes, int8_parts
 
 STATIONS = {
     "load_s": "weights to memory",
@@ -47,7 +47,8 @@ def summary(report: dict[str, Any]) -> str:
 def approximations(report: dict[str, Any]) -> str:
     """What made a run approximate: its precision, its methods, and why one was not used."""
     shown = {m["name"]: f"{m['name']}{_did(m)}" for m in report["methods"]}
-    low = ["int8 linears"] if report["settings"]["precision"] == "int8" else []
+    int8 = int8_parts(report["settings"]["precision"])
+    low = [f"int8 {part}" for part in INT8_PARTS if part in int8]
     return ", ".join([*low, *shown.values()]) + f"; {report['attention']['density']:.0%} of dense attention"
 
 

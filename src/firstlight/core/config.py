@@ -13,6 +13,8 @@ from firstlight.core.registry import Method
 
 PRECISIONS = ("bf16", "f32", "int8")
 WEIGHTS = ("default", "compact")
+INT8_PARTS = ("linears", "kv")
+"""What `int8` rounds to 8 bits, each of which it can leave in bf16: `kv` is K/V and attention over them."""
 
 
 def _opt(default: Any, doc: str, metavar: str | None = None) -> Any:
@@ -30,7 +32,8 @@ class Options:
     prefix_cache: str = _opt("on", "reuse the KV of equal prompt beginnings: on or off", "on|off")
     precision: str = _opt(
         "bf16",
-        "compute type: bf16 or f32, both exact; int8: linears in 8 bits, attention and KV in bf16",
+        "compute type: bf16 or f32, both exact; int8: linears, attention and KV in 8 bits, or one of the two: "
+        "int8:kv=bf16, int8:linears=bf16",
         "f32|bf16|int8",
     )
     weights: str = _opt(
@@ -59,14 +62,14 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        if self.precision.startswith("int8:"):
-            raise UserError(f"precision={self.precision!r}: parts of int8 are not built yet; choose int8 itself")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision={self.precision!r} is unknown; choose {', '.join(PRECISIONS)}")
+        int8 = int8_parts(self.precision)
         if self.weights not in WEIGHTS:
             raise UserError(f"weights={self.weights!r} is unknown; choose {', '.join(WEIGHTS)}")
-        if self.weights == "compact" and self.precision == "int8":
-            raise UserError("weights='compact' computes in bf16 or f32; choose one of these with precision")
+        if self.weights == "compact" and "linears" in int8:
+            raise UserError(
+                "weights='compact' computes linears in bf16 or f32; choose one of these with precision, or "
+                "int8:linears=bf16"
+            )
         if self.prefix_cache not in ("on", "off"):
             raise UserError(f"prefix_cache={self.prefix_cache!r}: a cache on disk is not built yet; choose on or off")
         if any(method.name == "auto" for method in self.methods):
@@ -80,8 +83,30 @@ class Options:
         parse_bytes(self.kv_memory)
 
     @property
+    def compute(self) -> str:
+        """The type of activations, and of what isn't in 8 bits: a key of `engine.build.DTYPES`."""
+        return "f32" if self.precision == "f32" else "bf16"
+
+    @property
     def methods(self) -> list[Method]:
         return [as_method(m) for m in self.method]
+
+
+def int8_parts(precision: str) -> frozenset[str]:
+    """Which of `INT8_PARTS` a precision has in 8 bits; UserError if there is no such precision."""
+    name, _, rest = precision.partition(":")
+    if name not in PRECISIONS:
+        raise UserError(f"precision={precision!r} is unknown; choose {', '.join(PRECISIONS)}")
+    left = {f"{part}=bf16": part for part in INT8_PARTS} if name == "int8" else {}
+    words = rest.split(",") if rest else []
+    if (":" in precision and not words) or any(word not in left for word in words):
+        raise UserError(
+            f"can't read precision={precision!r}; choose {', '.join(PRECISIONS)}, int8:kv=bf16 or int8:linears=bf16"
+        )
+    parts = frozenset(left.values()) - {left[word] for word in words}
+    if name == "int8" and not parts:
+        raise UserError(f"precision={precision!r} leaves nothing in 8 bits; choose bf16")
+    return parts
 
 
 def as_method(method: Method | str) -> Method:

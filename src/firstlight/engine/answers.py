@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from firstlight.core.config import int8_parts
 from firstlight.core.errors import UserError
 from firstlight.core.parts import PromptIds
 from firstlight.core.request import Completion, Logprobs, Request, SamplingParams, TokenOutput
@@ -201,7 +202,7 @@ class Answers:
         head = {"schema_version": SCHEMA_VERSION, "model": self._model_name, "text": text}
         request = live.request
         asked = {"sampling": asdict(request.sampling), "priority": request.priority, "ttft_slo_s": request.ttft_slo_s}
-        facts["exact"] = facts["exact"] and self._settings["precision"] != "int8"
+        facts["exact"] = facts["exact"] and not int8_parts(self._settings["precision"])
         facts = head | facts | {"settings": self._settings | asked}
         logprobs = None if decoding.params.logprobs is None else decoding.logprobs
         self._name(answer.prompt_logprobs or [])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from firstlight.cache.digests import Digests
 from firstlight.cache.pool import Pool
-from firstlight.core.config import Options, as_method
+from firstlight.core.config import Options, as_method, int8_parts
 from firstlight.core.errors import UserError
 from firstlight.core.registry import make_parts, make_schedule
 from firstlight.core.view import ViewConfig
@@ -24,15 +24,15 @@ from firstlight.engine.memory import num_blocks
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
 from firstlight.kernels.dispatch import fastest
-from firstlight.kernels.kv_layout import BLOCK, KVLayout
+from firstlight.kernels.kv_layout import BLOCK, Int8Layout, KVLayout
 from firstlight.models.calibration import measure, remember, remembered
 from firstlight.models.config import ModelConfig
 from firstlight.models.decoder import Decoder, Weight
 from firstlight.models.families import FAMILIES, build_model
 from firstlight.reuse.prefix import PrefixCache
 
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "int8": torch.bfloat16}
-"""The type that weights come in, and that of activations and KV."""
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+"""The type that weights come in, and that of activations."""
 
 
 Keep = Callable[[str, Callable[[], Iterable[tuple[str, Tensor]]]], Mapping[str, Tensor]]
@@ -50,18 +50,19 @@ def build_engine(
     parts = make_parts(options.methods, config.facts(digest))
     max_len = min(options.max_model_len or config.max_context, config.max_context)
     model = _model(config, weights, options, digest, keep or _unkept, ops, max_len)
+    layout = Int8Layout if "kv" in int8_parts(options.precision) else KVLayout
     if options.deterministic and (broken := ops.dependent_linears(model.linears)):
         raise UserError(
             f"--deterministic can't hold: {', '.join(sorted(broken))} change bits with rows or threads; "
             "start a fresh process, so that the instruction set can be capped before the first operator"
         )
     column = config.num_layers * config.num_kv_heads
-    block_nbytes = KVLayout.block_nbytes(config.head_dim, model.dtype)
+    block_nbytes = layout.block_nbytes(config.head_dim, model.dtype)
     total = num_blocks(options, max_len, column, block_nbytes, BLOCK)
-    pool = Pool(total, config.head_dim, model.dtype)
+    pool = Pool(total, config.head_dim, model.dtype, layout)
     names = {name for part in parts for name in part.capability.digests}
     looks = any(part.seam == "attention" and part.capability.looks for part in parts)
-    costs = measure_costs(ops, config, model.dtype) if looks and not options.deterministic else None
+    costs = measure_costs(ops, config, model.dtype, layout) if looks and not options.deterministic else None
     planning = Planning(Digests(pool, sorted(names)), costs)
     method = as_method(options.schedule)
     view_config = ViewConfig(
@@ -95,18 +96,22 @@ def _model(
     ops: ModuleType,
     max_len: int,
 ) -> Decoder:
-    family, int8 = FAMILIES[config.architecture], options.precision == "int8"
+    family, int8 = FAMILIES[config.architecture], int8_parts(options.precision)
+    has_linears = "linears" in int8
     if int8 and not torch.cpu._is_vnni_supported():
         raise UserError("--precision int8 needs a processor with 8-bit dot products (VNNI); choose bf16 or f32 here")
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
-        spread = _spread(config, weights, ops, digest) if int8 else None
+        spread = _spread(config, weights, ops, digest) if has_linears else None
         return family.prepared(config, weights, ops, spread)
 
-    layout = "blocks" if options.weights == "compact" else ops.layout(DTYPES[options.precision])
+    layout = "blocks" if options.weights == "compact" else ops.layout(DTYPES[options.compute])
     if layout == "blocks" and not ops.READS_BLOCKS:
         raise UserError("--weights compact needs the compiled kernels, which this model can't have here; leave it out")
-    return family(config, keep(f"{options.precision}-{layout}", pieces), ops, served=max_len, int8=int8)
+    made = keep(f"{'int8' if has_linears else options.compute}-{layout}", pieces)
+    spread = _spread(config, weights, ops, digest) if "kv" in int8 else {}
+    centres = [spread[f"{layer}.keys"] for layer in range(config.num_layers)] if spread else None
+    return family(config, made, ops, served=max_len, int8=has_linears, centres=centres)
 
 
 def _unkept(layout: str, pieces: Callable[[], Iterable[tuple[str, Tensor]]]) -> Mapping[str, Tensor]:
@@ -114,7 +119,7 @@ def _unkept(layout: str, pieces: Callable[[], Iterable[tuple[str, Tensor]]]) -> 
 
 
 def _spread(config: ModelConfig, weights: Mapping[str, Weight], ops: ModuleType, digest: str) -> Mapping[str, Tensor]:
-    """What the model's linears read, for int8 ones: measured once, on a model in bfloat16 that is gone afterwards."""
+    """What int8 has to know of activations: measured once, on a model in bfloat16 that is gone afterwards."""
     spread = remembered(digest)
     if spread is None:
         spread = measure(build_model(config, weights, ops))

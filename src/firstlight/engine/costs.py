@@ -61,9 +61,9 @@ def _counts(ptr: Tensor | None, lists: int, tile_map: Tensor) -> Tensor:
     return (ptr[1:] - ptr[:-1]).double().view(-1, lists)[tile_map.long()]
 
 
-def measure(ops: ModuleType, config: ModelConfig, dtype: torch.dtype) -> Costs:
+def measure(ops: ModuleType, config: ModelConfig, dtype: torch.dtype, layout: type[KVLayout] = KVLayout) -> Costs:
     """On some keys of the model's shape, with torch's present threads."""
-    ctx, call = _sample(config, dtype)
+    ctx, call = _sample(config, dtype, layout)
     grid, generator = Grid(ctx, _Q_TILE, BLOCK), torch.Generator().manual_seed(0)
     heads, tiles, blocks = config.num_heads, grid.tiles, grid.num_blocks
     some = torch.rand(heads, tiles, blocks, generator=generator) < _BLOCK_SHARE
@@ -81,14 +81,14 @@ def measure(ops: ModuleType, config: ModelConfig, dtype: torch.dtype) -> Costs:
     )
 
 
-def _sample(config: ModelConfig, dtype: torch.dtype) -> tuple[PlanContext, AttnCall]:
+def _sample(config: ModelConfig, dtype: torch.dtype, kind: type[KVLayout]) -> tuple[PlanContext, AttnCall]:
     """The last rows of a prompt, and its attention call."""
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(_ENTRIES, kv_heads, dim, generator=generator).to(dtype)
     q = torch.randn(_ROWS, heads, dim, generator=generator).to(dtype)
     table = torch.arange(1, kv_heads * (_ENTRIES // BLOCK) + 1, dtype=torch.int32).view(kv_heads, -1)
-    layout = KVLayout(table.numel() + 1, dim, dtype)
+    layout = kind(table.numel() + 1, dim, dtype)
     entry = torch.arange(_ENTRIES)
     layout.write((table[:, entry // BLOCK].T.long() * BLOCK + entry[:, None] % BLOCK).contiguous(), k, k)
     tok = entry[-_ROWS:].clone()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from firstlight.core.config import Options
+from firstlight.core.config import Options, int8_parts
 from firstlight.core.errors import UserError
 from firstlight.core.parts import PromptIds
 from firstlight.core.registry import Part, make_parts
@@ -186,7 +186,7 @@ class Session:
                 for control in controls(subject.options, took[0], took[1], round(took[2]), self.checkpoint.config):
                     found[name_of(control)] = control
         if not torch.cpu._is_vnni_supported():
-            found = {name: control for name, control in found.items() if control.precision != "int8"}
+            found = {name: control for name, control in found.items() if not int8_parts(control.precision)}
         known = {effect_of(subject.options) for subject in subjects}
         return [self.subject(control) for control in found.values() if effect_of(control) not in known]
 

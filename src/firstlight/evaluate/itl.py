@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import firstlight
+from firstlight.core.config import int8_parts
 from firstlight.core.errors import UserError
 from firstlight.core.request import Request, SamplingParams
 from firstlight.evaluate.machine import peak_rss_mb
@@ -84,7 +85,7 @@ def measure(llm: LLM, scene: Scene, tell: Callable[[str], None] = lambda _: None
         "engine": "firstlight",
         "version": firstlight.__version__,
         "settings": asdict(llm.options),
-        "exact": llm.options.precision != "int8" and all(part.capability.exact for part in llm.engine.parts),
+        "exact": not int8_parts(llm.options.precision) and all(part.capability.exact for part in llm.engine.parts),
         "schedule": llm.options.schedule,
         **{key: getattr(scene, key) for key in ("streams", "stream_tokens", "prompt_tokens")},
         "ttft_s": spread(waits),

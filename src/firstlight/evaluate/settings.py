@@ -40,8 +40,8 @@ def name_of(options: Options) -> str:
 def setting_of(options: Options, text: str) -> Options:
     """The setting of a text, all else as in `options`. Raises UserError on what it can't be."""
     words = [word.strip() for word in text.split(AND)]
-    precisions = [word for word in words if word in PRECISIONS]
-    methods = [Method.parse(word) for word in words if word not in (*PRECISIONS, DENSE)]
+    precisions = [word for word in words if word.partition(":")[0] in PRECISIONS]
+    methods = [Method.parse(word) for word in words if word not in (*precisions, DENSE)]
     if len(precisions) > 1 or not all(words):
         raise UserError(f"can't read the setting {text!r}; write it like band:window=512 + int8, or dense")
     make_parts(methods)

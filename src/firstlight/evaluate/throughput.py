@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import firstlight
+from firstlight.core.config import int8_parts
 from firstlight.core.errors import UserError
 from firstlight.core.request import Request, SamplingParams
 from firstlight.evaluate.machine import peak_rss_mb
@@ -129,7 +130,7 @@ def _row(llm: LLM, batch: int, asked: Sequence[list[int]], runs: Sequence[Run]) 
         "engine": "firstlight",
         "version": firstlight.__version__,
         "settings": asdict(llm.options),
-        "exact": llm.options.precision != "int8" and all(part.capability.exact for part in llm.engine.parts),
+        "exact": not int8_parts(llm.options.precision) and all(part.capability.exact for part in llm.engine.parts),
         "batch": batch,
         "requests": len(asked),
         "prompt_tokens": [len(ids) for ids in asked],

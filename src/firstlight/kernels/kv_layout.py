@@ -71,8 +71,8 @@ class KVLayout:
     def lay(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put what `lift` or `pack` gave, [.., E], at slots i64 [..]."""
         block, place = self._place(slots)
-        self.k[block, :, place] = k.reshape(len(block), -1, self.pair)
-        self.v[block, place // self.pair, :, place % self.pair] = v.reshape(len(block), -1)
+        self.k[block, :, place] = k.reshape(len(block), self.head_dim // self.pair, self.pair)
+        self.v[block, place // self.pair, :, place % self.pair] = v.reshape(len(block), self.head_dim)
 
     def read_blocks(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [H, 64 nb, D] of blocks i32 [H, nb]: row-major copies."""
@@ -123,8 +123,8 @@ class KVLayout:
 class Int8Layout(KVLayout):
     """The same in 8 bits: each entry turned by a Hadamard matrix and rounded by itself (rows8.py).
 
-    Stored are bytes, of K around 128, of V around 0, and behind them 64 float32: K's scales, the logarithms to base 2 of
-    V's. Shapes: k, v u8 [num_blocks, 64 (D + 4)]. An entry by itself is u8 [D + 4].
+    Stored are bytes, of K around 128, of V around 0, and behind them 64 float32: K's scales, and to base 2 the
+    logarithms of V's. Shapes: k, v u8 [num_blocks, 64 (D + 4)]. An entry by itself is u8 [D + 4].
     """
 
     tag = "int8"
@@ -153,32 +153,33 @@ class Int8Layout(KVLayout):
         (k8, k_scale), (v8, v_scale) = (rounded(x.reshape(-1, self.head_dim).float()) for x in (k, v))
         v_log = v_scale.clamp(min=_LEAST_SCALE).log2()
         stored = ((k8, k_scale), (v8 ^ ZERO_POINT, v_log))
-        packed_k, packed_v = (torch.cat([x, _bytes(s[:, None])], -1).view(*k.shape[:-1], -1) for x, s in stored)
+        shape = (*k.shape[:-1], self.head_dim + 4)
+        packed_k, packed_v = (torch.cat([x, _bytes(s[:, None])], -1).view(shape) for x, s in stored)
         return packed_k, packed_v
 
     def lift(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """u8 [n, D + 4] of slots i64 [n]."""
         block, place = self._place(slots)
-        k = self._k8[block, :, place].reshape(len(block), -1)
+        k = self._k8[block, :, place].reshape(len(block), self.head_dim)
         v = self._v8[block, place // 4, :, place % 4]
         return torch.cat([k, self._k_scale[block, place]], -1), torch.cat([v, self._v_log[block, place]], -1)
 
     def lay(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put u8 [.., D + 4] at slots i64 [..]."""
         block, place = self._place(slots)
-        k, v = k.reshape(len(block), -1), v.reshape(len(block), -1)
-        self._k8[block, :, place] = k[:, :-4].reshape(len(block), -1, 4)
+        k, v = (x.reshape(len(block), self.head_dim + 4) for x in (k, v))
+        self._k8[block, :, place] = k[:, :-4].reshape(len(block), self.head_dim // 4, 4)
         self._v8[block, place // 4, :, place % 4] = v[:, :-4]
         self._k_scale[block, place], self._v_log[block, place] = k[:, -4:], v[:, -4:]
 
     def read_blocks(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [H, 64 nb, D] of blocks i32 [H, nb]: row-major copies."""
         blocks = table.reshape(-1)
-        k8 = self._k8.index_select(0, blocks).transpose(1, 2).reshape(len(blocks), BLOCK, -1)
-        v8 = self._v8.index_select(0, blocks).transpose(2, 3).reshape(len(blocks), BLOCK, -1)
+        k8 = self._k8.index_select(0, blocks).transpose(1, 2).reshape(-1, BLOCK, self.head_dim)
+        v8 = self._v8.index_select(0, blocks).transpose(2, 3).reshape(-1, BLOCK, self.head_dim)
         stored = ((k8, self._k_scale), (v8, self._v_log))
         k, v = self._unpack(*(torch.cat([x, scale.index_select(0, blocks)], -1) for x, scale in stored))
-        shape = (table.shape[0], -1, self.head_dim)
+        shape = (table.shape[0], table.shape[1] * BLOCK, self.head_dim)
         return k.view(shape), v.view(shape)
 
     def seen(self, q: Tensor) -> Tensor:

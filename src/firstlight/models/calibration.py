@@ -1,7 +1,8 @@
 """What linears read, measured once for each model: how the work of an int8 product is divided between its operands.
 
-The model runs in bfloat16 over some made-up tokens; of every linear's input the mean square of each channel is kept, on
-disk beside the packed weights. No text is needed: which channels are large is the model's habit, not the prompt's.
+The model runs in bfloat16 over some made-up tokens; of every linear's input the mean square of each channel is kept,
+and of every layer the mean of its keys, on disk beside the packed weights. No text is needed: which channels are
+large is the model's habit, not the prompt's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from firstlight.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
 _TOKENS = 256
-_LAYOUT = 1
+_LAYOUT = 2
 """Raise it when the meaning of the stored numbers changes."""
 
 
@@ -44,12 +45,15 @@ def remember(digest: str, spread: Mapping[str, Tensor]) -> None:
 
 
 def measure(model: Decoder) -> dict[str, Tensor]:
-    """Name of a linear -> mean square of each channel of its input, f32 [I]; every row counts the same."""
+    """Name of a linear -> mean square of each channel of its input, f32 [I]; every row counts the same.
+
+    `<layer>.keys` -> the mean of keys f32 [Hkv, d]: what all of them share, which int8 KV does without.
+    """
     watched = _Watched(model.linears)
     model.linears = watched
     ids = torch.randint(model.config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0))
-    for _ in layers_of(model, ids):
-        pass
+    for layer, (_, k) in enumerate(layers_of(model, ids)):
+        watched.seen[f"{layer}.keys"] = k.float().mean(0)
     model.linears = watched.linears
     return watched.seen
 

@@ -112,8 +112,13 @@ class Decoder:
         backend: ModuleType,
         served: int | None = None,
         int8: bool = False,
+        centres: Sequence[Tensor] | None = None,
     ) -> None:
-        """`pieces`: as `prepared` yields them; `served`: the longest context that will be seen; None = the model's."""
+        """`pieces`: as `prepared` yields them; `served`: the longest context that will be seen; None = the model's.
+
+        `centres`: of each layer what is taken off all of its keys, [Hkv, d]: a softmax doesn't see what all keys share,
+        8 bits do. A cap on scores would see it, so then nothing is taken off.
+        """
         self.config, self.ops = config, backend
         self.scale = config.score_scale or 1 / math.sqrt(config.head_dim)
         self.windows = config.windows
@@ -122,6 +127,7 @@ class Decoder:
             self.linears.take(name, parts)
         self.dtype = self.linears.dtype
         self._embedding = pieces.get(EMBEDDING)
+        self._centres = None if centres is None or config.score_cap else [c.to(self.dtype) for c in centres]
         if self._embedding is not None and backend.layout(self.dtype) == "rows":
             self._embedding = self._embedding.clone()  # linears were packed anew: nothing else holds the file
         self.precision = "int8" if int8 else str(self.dtype).removeprefix("torch.")
@@ -160,8 +166,10 @@ class Decoder:
         """Keys k [n, Hkv, d] rotated by positions i64 [n]; `again`: on top of a rotation, whose gain they have."""
         table = self._table_of[layer]
         cos, sin = (t[table] / (self._tables[table][1] if again else 1.0) for t in self.rope(by))
-        turned: Tensor = self.ops.rotate(k.to(self.dtype, copy=True).contiguous(), cos.contiguous(), sin.contiguous())
-        return turned
+        k = k.to(self.dtype, copy=True).contiguous()
+        if again and self._centres is not None:
+            k += self._centres[layer]
+        return self._centred(layer, self.ops.rotate(k, cos.contiguous(), sin.contiguous()))
 
     def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x f32 [n, D]; cos, sin [bases, n, d] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d]."""
@@ -178,7 +186,7 @@ class Decoder:
             heads[:, :hq] = self._norm(layer, "self_attn.q_norm", heads[:, :hq])
             heads[:, hq:turning] = self._norm(layer, "self_attn.k_norm", heads[:, hq:turning])
         turned = self.ops.rotate(heads[:, :turning], cos[table], sin[table], scale)
-        return turned[:, :hq], turned[:, hq:], self._finished(heads[:, turning:], scale)
+        return turned[:, :hq], self._centred(layer, turned[:, hq:]), self._finished(heads[:, turning:], scale)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> None:
         """x f32 [n, D] += output projection of attended [n, Hq, d], then += the MLP: in place."""
@@ -219,6 +227,10 @@ class Decoder:
         """x [.., D], or heads [n, H, d], each by itself."""
         normed: Tensor = self.ops.rms_norm(x, self._gains[layer][f"{name}.weight"], self.config.rms_eps)
         return normed
+
+    def _centred(self, layer: int, k: Tensor) -> Tensor:
+        """Rotated keys k [n, Hkv, d] without what all keys of the layer share: in place."""
+        return k if self._centres is None else k.sub_(self._centres[layer])
 
     def _finished(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """x [n, ..] times its rows' scale, in place: for what follows a linear and doesn't do that itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,8 +41,9 @@ def build_model(
     weights: Mapping[str, Weight],
     backend: ModuleType,
     int8: Spread | None = None,
+    centres: Sequence[Tensor] | None = None,
 ) -> Decoder:
-    """The model of a config, its weights packed for a backend; `int8`: see `Decoder.prepared`."""
+    """The model of a config, its weights packed for a backend; `int8`: see `Decoder.prepared`; `centres`: `Decoder`."""
     family = FAMILIES[config.architecture]
     pieces = dict(family.prepared(config, weights, backend, int8))
-    return family(config, pieces, backend, int8=int8 is not None)
+    return family(config, pieces, backend, int8=int8 is not None, centres=centres)

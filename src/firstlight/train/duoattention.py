@@ -159,7 +159,7 @@ def calibrate(llm: LLM, config: Config, notebook: Notebook) -> Found:
     """Train the gates of a model, or go on where a run was stopped. Values: `gates` [layers][Hkv], `steps`, `loss`."""
     checkpoint = open_checkpoint(resolve(llm.model_name))
     check_model(checkpoint.config.facts(checkpoint.digest))
-    gates = Gates(Trunk(checkpoint.config, dict(Weights(checkpoint, DTYPES[llm.options.precision]))), config)
+    gates = Gates(Trunk(checkpoint.config, dict(Weights(checkpoint, DTYPES[llm.options.compute]))), config)
     text = calibration_text()
     passkeys = Passkeys(llm.tokenizer, text, count=config.passkeys, words=config.words, seed=config.seed)
     if done := notebook.read():

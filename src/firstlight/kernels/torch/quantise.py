@@ -30,7 +30,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def turned_back(x: Tensor) -> Tensor:
     """x f32 [.., I], turned -> [.., I] as it was."""
-    return _turned(x.reshape(-1, x.shape[-1])).view(x.shape) / hadamard_block(x.shape[-1]) ** 0.5
+    back: Tensor = _turned(x.reshape(-1, x.shape[-1])).view(x.shape) / hadamard_block(x.shape[-1]) ** 0.5
+    return back
 
 
 def _turned(x: Tensor) -> Tensor:
