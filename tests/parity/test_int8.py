@@ -228,8 +228,10 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch) -> None:
     model = tiny_model(BF16)
     before = model.linears
     spread = measure(model)
-    assert model.linears is before and set(spread) == set(model.linears.shapes) - {"head"}
-    assert all(s.shape == model.linears.shapes[name][1:] and (s >= 0).all() for name, s in spread.items())
+    c, linears = model.config, set(model.linears.shapes) - {"head"}
+    assert model.linears is before and set(spread) == linears | {f"{layer}.keys" for layer in range(c.num_layers)}
+    assert all(spread[n].shape == model.linears.shapes[n][1:] and (spread[n] >= 0).all() for n in linears)
+    assert all(spread[n].shape == (c.num_kv_heads, c.head_dim) for n in set(spread) - linears)
     assert remembered("one") is None
     remember("one", spread)
     kept = remembered("one")

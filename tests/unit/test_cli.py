@@ -204,7 +204,7 @@ def test_an_approximate_run_says_so(
     assert "approximate: band" in capsys.readouterr().err
     monkeypatch.setattr(llm, "report", {**REPORT, "exact": False, "settings": {"precision": "int8"}})
     assert call(["run", "m", "-p", "hi", "--precision", "int8"]) == 0
-    assert "approximate: int8 linears; 100% of dense attention" in capsys.readouterr().err
+    assert "approximate: int8 linears, int8 kv; 100% of dense attention" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +231,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["run", "m", "-p", "x", "--no-such-flag"], "--no-such-flag"),
         (["run"], "Missing argument 'model'"),
         (["jump"], "No such command 'jump'"),
-        (["run", "m", "-p", "x", "--precision", "int8:kv=bf16"], "parts of int8 are not built yet; choose int8 itself"),
+        (["run", "m", "-p", "x", "--precision", "int8:kv=int4"], "can't read precision='int8:kv=int4'"),
         (["run", "m", "-p", "x", "--prefix-cache", "/kv"], "a cache on disk is not built yet; choose on or off"),
         (["run", "m", "-p", "x", "--method", "auto"], "method 'auto' is not built yet; name one of"),
         (["run", "m", "-p", "x", "--weights=small"], "weights='small' is unknown; choose default, compact"),

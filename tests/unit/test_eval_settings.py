@@ -19,7 +19,15 @@ from tests.tiny import VOCABULARY, tiny_config, tiny_engine
 
 
 @pytest.mark.parametrize(
-    "text", ["dense", "dense + int8", "band:window=512", "band:sink=64,window=512 + f32", "lazyllm + band:window=64"]
+    "text",
+    [
+        "dense",
+        "dense + int8",
+        "dense + int8:kv=bf16",
+        "band:window=512",
+        "band:sink=64,window=512 + f32",
+        "lazyllm + band:window=64",
+    ],
 )
 def test_a_setting_is_written_as_it_is_printed(text: str) -> None:
     assert name_of(setting_of(Options(seed=7, precision="int8"), text)) == text

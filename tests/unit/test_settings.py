@@ -188,7 +188,10 @@ def test_every_variable_that_the_package_reads_is_known() -> None:
         ({"threads": 2.0}, "threads=2.0 is not a whole number"),
         ({"max_num_seqs": None}, "max_num_seqs=None is not a whole number"),
         ({"methods": 3}, "method=3 is not a list"),
-        ({"precision": "int8:attention=off"}, "parts of int8 are not built yet; choose int8 itself"),
+        (
+            {"precision": "int8:attention=off"},
+            "can't read precision='int8:attention=off'; choose bf16, f32, int8, int8:kv=bf16",
+        ),
         ({"precision": "int4"}, "precision='int4' is unknown; choose bf16, f32, int8"),
         ({"prefix_cache": "/var/kv"}, "prefix_cache='/var/kv': a cache on disk is not built yet"),
         ({"methods": ["auto"]}, "method 'auto' is not built yet"),
