@@ -146,7 +146,8 @@ class Int8Layout(KVLayout):
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [n, D] of slots i64 [n]."""
-        return self._unpack(*self.lift(slots))
+        k, v = self.lift(slots)
+        return self._keys(k[:, :-4], k[:, -4:]), self._values(v[:, :-4], v[:, -4:])
 
     def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [.., D] -> u8 [.., D + 4]."""
@@ -174,13 +175,16 @@ class Int8Layout(KVLayout):
 
     def read_blocks(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [H, 64 nb, D] of blocks i32 [H, nb]: row-major copies."""
+        blocks, k = table.reshape(-1), self.read_keys(table)
+        v8 = self._v8.index_select(0, blocks).transpose(2, 3).reshape(-1, BLOCK, self.head_dim)
+        return k, self._values(v8, self._v_log.index_select(0, blocks)).view(k.shape)
+
+    def read_keys(self, table: Tensor) -> Tensor:
+        """k [H, 64 nb, D] alone."""
         blocks = table.reshape(-1)
         k8 = self._k8.index_select(0, blocks).transpose(1, 2).reshape(-1, BLOCK, self.head_dim)
-        v8 = self._v8.index_select(0, blocks).transpose(2, 3).reshape(-1, BLOCK, self.head_dim)
-        stored = ((k8, self._k_scale), (v8, self._v_log))
-        k, v = self._unpack(*(torch.cat([x, scale.index_select(0, blocks)], -1) for x, scale in stored))
-        shape = (table.shape[0], table.shape[1] * BLOCK, self.head_dim)
-        return k.view(shape), v.view(shape)
+        k = self._keys(k8, self._k_scale.index_select(0, blocks))
+        return k.view(table.shape[0], table.shape[1] * BLOCK, self.head_dim)
 
     def seen(self, q: Tensor) -> Tensor:
         """Queries [.., D] as scores see them: rounded as keys are."""
@@ -192,11 +196,17 @@ class Int8Layout(KVLayout):
         for store in (self._k_scale, self._v_log):
             store[blocks] = _bytes(torch.tensor([torch.nan]))
 
-    def _unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """u8 [.., D + 4] -> k, v [.., D]."""
-        k8, v8 = k[..., :-4].float() - ZERO_POINT, v[..., :-4].view(torch.int8).float()
-        k_scale, v_log = (x[..., -4:].contiguous().view(torch.float32) for x in (k, v))
-        return turned_back(k8 * k_scale).to(self.dtype), turned_back(v8 * torch.exp2(v_log)).to(self.dtype)
+    def _keys(self, values: Tensor, scale: Tensor) -> Tensor:
+        """u8 [.., D] and the bytes of their scales [.., 4] -> k [.., D]."""
+        return turned_back((values.float() - ZERO_POINT) * _floats(scale)).to(self.dtype)
+
+    def _values(self, values: Tensor, log: Tensor) -> Tensor:
+        """u8 [.., D] and the bytes of their scales' logarithms [.., 4] -> v [.., D]."""
+        return turned_back(values.contiguous().view(torch.int8).float() * torch.exp2(_floats(log))).to(self.dtype)
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.float32)
 
 
 def _bytes(x: Tensor) -> Tensor:
