@@ -52,7 +52,7 @@ def measure(model: Decoder) -> dict[str, Tensor]:
     watched = _Watched(model.linears)
     model.linears = watched
     ids = torch.randint(model.config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0))
-    for layer, (_, k) in enumerate(layers_of(model, ids)):
+    for layer, (_, k, _) in enumerate(layers_of(model, ids)):
         watched.seen[f"{layer}.keys"] = k.float().mean(0)
     model.linears = watched.linears
     return watched.seen
