@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from firstlight.core.errors import UserError
 from firstlight.models.config import ModelConfig
 from firstlight.models.decoder import Decoder, Spread, Weight
