@@ -49,5 +49,5 @@ def test_a_second_start_is_the_first(
 
 def outputs(model: Decoder) -> Tensor:
     ids = torch.arange(20) % model.config.vocab_size
-    queries = [q.float().flatten() for q, _ in layers_of(model, ids)]
+    queries = [q.float().flatten() for q, _, _ in layers_of(model, ids)]
     return torch.cat([*queries, model.head(model.embed(ids)).flatten()])
