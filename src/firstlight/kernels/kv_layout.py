@@ -81,7 +81,8 @@ class KVLayout:
 
     def read_keys(self, table: Tensor) -> Tensor:
         """k [H, 64 nb, D] alone; a pair is copied as the word that it is."""
-        words = self.k.view(torch.int32).squeeze(-1).index_select(0, table.reshape(-1)).transpose(1, 2).contiguous()
+        words = self.k.view(torch.int32).squeeze(-1).index_select(0, table.reshape(-1)).transpose(1, 2)
+        words = words.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves no blocks at all as they are
         return words.view(self.dtype).view(table.shape[0], table.shape[1] * BLOCK, self.head_dim)
 
     def seen(self, q: Tensor) -> Tensor:
