@@ -6,8 +6,9 @@ These are docs/cli.md, docs/methods.md and the tree in README.md. A test compare
 from __future__ import annotations
 
 import ast
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ method = ["band:sink=64,window=1024"]
 """
 _TREE = re.compile(r"(<!-- tree -->\n```\n).*?(```\n<!-- end of tree -->)", re.DOTALL)
 _NAME_WIDTH = 26
+_FIGURES = "benchmarks/results/methods.json"
+"""{method: [{column: figure}]}, what was measured of each setting."""
+Figures = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def main() -> None:
@@ -80,7 +84,7 @@ def pages(root: Path) -> dict[str, str]:
     readme = (root / "README.md").read_text("utf-8")
     return {
         "docs/cli.md": cli_page(),
-        "docs/methods.md": methods_page(),
+        "docs/methods.md": methods_page(json.loads((root / _FIGURES).read_text("utf-8"))),
         "README.md": _TREE.sub(lambda found: found[1] + tree(root / "src" / "firstlight") + found[2], readme),
     }
 
@@ -156,15 +160,16 @@ def _row(option: Any) -> str:
     return f"| {names} | {takes.replace('|', ' or ')} | {option.help or ''}{default} |\n"
 
 
-def methods_page() -> str:
-    """docs/methods.md: every method and schedule of this package with its settings and what it breaks."""
+def methods_page(figures: Figures) -> str:
+    """docs/methods.md: every method and schedule of this package: settings, what it breaks, what was measured."""
     lead = (
         "A method is off unless a flag switches it on. `exact` means: the logits of one dense pass. Settings are given "
         "as\n`--method NAME:key=value,key=value`. Other packages can add methods: see CONTRIBUTING.md.\n"
     )
     found = _own_methods()
     pairs = _matrix([m["name"] for m in found if m["flag"].startswith("--method")])
-    return f"{_NOTICE}# Methods and schedules\n\n{lead}{pairs}{''.join(_method(m) for m in found)}"
+    sections = (_method(m) + _measured(figures.get(m["name"], ())) for m in found)
+    return f"{_NOTICE}# Methods and schedules\n\n{lead}{pairs}{''.join(sections)}"
 
 
 def _matrix(names: list[str]) -> str:
@@ -191,6 +196,16 @@ def _own_methods() -> list[dict[str, Any]]:
 def _method(method: dict[str, Any]) -> str:
     kind = "exact" if method["exact"] else "approximate"
     return f"\n## `{method['flag']}` ({kind})\n\n{method['about']}\n{''.join(_part(p) for p in method['parts'])}"
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of figures, a column for each that any row has."""
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\nMeasured on smollm2 ([how, and beside what](benchmarks.md)):\n\n{table}"
 
 
 def _part(part: dict[str, Any]) -> str:
