@@ -235,7 +235,10 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["run", "m", "-p", "x", "--prefix-cache", "/kv"], "a cache on disk is not built yet; choose on or off"),
         (["run", "m", "-p", "x", "--method", "auto"], "method 'auto' is not built yet; name one of"),
         (["run", "m", "-p", "x", "--weights=small"], "weights='small' is unknown; choose default, compact"),
-        (["bench", "ttft", "m", "--weights=compact", "--precision=int8"], "weights='compact' computes in bf16 or f32"),
+        (
+            ["bench", "ttft", "m", "--weights=compact", "--precision=int8"],
+            "weights='compact' computes linears in bf16 or f32",
+        ),
         (["serve", "m"], "serve is not built yet; use `firstlight run`"),
         (["plan"], "plan is not built yet"),
         (["inspect", "m", "-p", "x"], "Missing option '-o' / '--output'"),

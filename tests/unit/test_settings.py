@@ -27,6 +27,7 @@ VALUES: dict[str, list[Any]] = {
     "schedule": ["sarathi", "sarathi:x=1"],
     "prefix_cache": ["on", "off"],
     "precision": ["f32", "bf16"],
+    "weights": ["compact", "default"],
     "threads": [1, 2, 7],
     "max_model_len": [64, 4096],
     "max_num_seqs": [1, 5],
