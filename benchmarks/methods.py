@@ -39,7 +39,7 @@ def main() -> None:
                 print(f"round {number + 1}/{args.rounds}: {length} tokens, {setting}", file=sys.stderr, flush=True)
                 samples[f"{setting} {length}"].append(_run(args, setting, length))
     _print(settings, lengths, samples)
-    print(json.dumps({"arguments": vars(args), "samples": samples}))
+    print(json.dumps({"arguments": vars(args), "samples": samples}, default=str))
 
 
 def _arguments() -> argparse.Namespace:

@@ -93,6 +93,15 @@ def test_a_replayed_step_has_the_bits_of_an_ordinary_one(family: str, precision:
     assert sum(replays) > 100 and set(replays) == {LAYERS}
 
 
+def test_planners_of_prompts_leave_decode_to_replays(replays: list[int]) -> None:
+    """Those that plan generated tokens too are asked each time."""
+    for method, some in (("trishape:sink=4,window=16", True), ("band:sink=4,window=16", False)):
+        want = logits_of(tiny_engine(num_layers=LAYERS, method=[method]), most=0)
+        replays.clear()
+        assert same(logits_of(tiny_engine(num_layers=LAYERS, method=[method])), want)
+        assert (sum(replays) > 100) is some
+
+
 @pytest.mark.usefixtures("one_by_one")
 def test_a_cancel_inside_a_replayed_pass(replays: list[int]) -> None:
     want = logits_of(tiny_engine(num_layers=LAYERS), most=0, cancels="3")

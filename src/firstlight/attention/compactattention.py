@@ -58,6 +58,7 @@ class CompactAttention(Planner):
 
     name = "compactattention"
     seam = "attention"
+    prompt_only = True
     Config = CompactConfig
     identity: ClassVar = {"alpha": 0.0}
     trial: ClassVar = {"alpha": 0.9, "sinks": 0, "window": 1, "recent": 1, "dense": 1, "block": 64, "chunk": 64}

@@ -71,6 +71,7 @@ class FlexPrefill(Planner):
 
     name = "flexprefill"
     seam = "attention"
+    prompt_only = True
     Config = FlexPrefillConfig
     identity: ClassVar = {"gamma": 1.0}
     trial: ClassVar = {"gamma": 0.5, "min_budget": 64, "block": 64}

@@ -21,6 +21,9 @@ class ByHead(Planner):
     scoped: Any
     rest: Planner
 
+    def __post_init__(self) -> None:
+        self.prompt_only = self.scoped.prompt_only and self.rest.prompt_only
+
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         heads = self.scoped.heads(ctx.layer)
         own, other = (replace(ctx, state=ctx.state.setdefault(name, {})) for name in ("scoped", "rest"))

@@ -64,6 +64,7 @@ class MInference(Planner):
 
     name = "minference"
     seam = "attention"
+    prompt_only = True
     Config = MInferenceConfig
     identity: ClassVar = {"budget": float(1 << 30)}
     trial: ClassVar = {"vertical": 40.0, "slash": 60.0}

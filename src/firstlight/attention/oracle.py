@@ -50,6 +50,7 @@ class Oracle(Planner):
 
     name = "oracle"
     seam = "attention"
+    prompt_only = True
     Config = OracleConfig
     identity: ClassVar = {"k": 1 << 20}
     trial: ClassVar = {"k": 24}

@@ -48,6 +48,7 @@ class Quoka(Planner):
 
     name = "quoka"
     seam = "attention"
+    prompt_only = True
     Config = QuokaConfig
     identity: ClassVar = {"budget": 1 << 20}
     trial: ClassVar = {"budget": 16, "queries": 4, "sink": 2, "chunk": 64}

@@ -48,6 +48,7 @@ class Random(Planner):
 
     name = "random"
     seam = "attention"
+    prompt_only = True
     Config = RandomConfig
     identity: ClassVar = {"density": 1.0}
     trial: ClassVar = {"density": 0.4, "block": 16}

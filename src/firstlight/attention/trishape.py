@@ -58,6 +58,7 @@ class TriShape(Planner):
 
     name = "trishape"
     seam = "attention"
+    prompt_only = True
     Config = TriShapeConfig
     identity: ClassVar = {"window": 1 << 20}
     trial: ClassVar = {"sink": 4, "window": 40, "tail": 20}

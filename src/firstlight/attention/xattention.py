@@ -59,6 +59,7 @@ class XAttention(Planner):
 
     name = "xattention"
     seam = "attention"
+    prompt_only = True
     Config = XAttentionConfig
     identity: ClassVar = {"tau": 1.0}
     trial: ClassVar = {"stride": 4, "block": 16}

@@ -106,6 +106,9 @@ class PlanContext:
 class Planner(Bound):
     """The attention/ part of a method: which keys a row reads."""
 
+    prompt_only: bool = False
+    """Generated tokens stay dense: `plan` says None for them, and needn't be asked."""
+
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """A plan for this one request (B = 1), or None for dense."""
         return None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firstlight.core.attn import Planner
 from firstlight.core.parts import Cells, RequestRows
 from firstlight.core.schedule import Segment
 from firstlight.engine.live import LiveRequest
@@ -47,6 +48,12 @@ class Member:
     @property
     def decode(self) -> bool:
         return self.segment.kind == "decode"
+
+    @property
+    def planner(self) -> Planner | None:
+        """Who is asked what the rows read."""
+        planner = self.live.planner
+        return None if planner is None or (self.decode and planner.prompt_only) else planner
 
     @property
     def is_plain(self) -> bool:
@@ -107,8 +114,8 @@ class Batch:
         for member in self.members:
             member.find_slots()
         self._gather(model)
-        plain = [m for m in self.members if m.live.planner is None]
-        groups = ([plain] if plain else []) + [[m] for m in self.members if m.live.planner is not None]
+        plain = [m for m in self.members if m.planner is None]
+        groups = ([plain] if plain else []) + [[m] for m in self.members if m.planner is not None]
         self.groups = [(members, self._rows(members)) for members in groups]
         """Members that one attention call serves, and its rows: all without a planner together, others alone."""
 
@@ -166,4 +173,4 @@ class Batch:
 
 def _order(member: Member) -> tuple[bool, bool]:
     """Those without a planner first; prefill rows before decode rows."""
-    return (member.live.planner is not None, member.decode)
+    return (member.planner is not None, member.decode)

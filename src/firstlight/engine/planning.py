@@ -31,7 +31,7 @@ class Planning:
 
     def plan(self, model: Decoder, layer: int, m: Member, q: Tensor, probed: int | None) -> AttnPlan | None:
         """The plan of a member's rows, of which those with ordinal `probed` or later are summed; None = dense."""
-        planner = m.live.planner
+        planner = m.planner
         if planner is None or not len(m.tok) or model.windows[layer] is not None:
             return None
         ctx = self._context(model, layer, m, q)

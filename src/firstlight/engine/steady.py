@@ -49,7 +49,7 @@ class Steady:
         live, last = m.live, m.segment.layer[1] == len(m.live.f)
         if not (m.decode and m.is_plain and len(m.tok) == 1 and last and live.kv.windows is None):
             return False
-        if live.planner is not None or live.retention is not None:
+        if m.planner is not None or live.retention is not None:
             return False
         m.find_slots()
         return m.slots is not None
