@@ -26,7 +26,7 @@ from firstlight.engine.live import LiveRequest
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
 from firstlight.engine.probes import Probes
-from firstlight.engine.rates import SLICE_S, YIELDING_S, Rate, slices
+from firstlight.engine.rates import SLICE_S, Rate, slices
 from firstlight.engine.spans import joined
 from firstlight.engine.steady import Steady
 from firstlight.kernels.contract import AttnCall, AttnRows
@@ -86,7 +86,6 @@ class Pass:
         """Whether to stop inside layers."""
         self._stride = 1
         """Layers between two stops, where they are replayed."""
-        self._slice_s = YIELDING_S if unit.yield_at == "slice" else SLICE_S
 
     @property
     def is_abandoned(self) -> bool:
@@ -220,7 +219,7 @@ class Pass:
         return self._batch
 
     def _compute(self, layer: int, batch: Batch, aside: Sequence[tuple[Member, Tensor, Tensor]]) -> Iterator[Stop]:
-        step = self.machine.linear.rows(self.machine.model.layer_flops, self._slice_s)
+        step = self.machine.linear.rows(self.machine.model.layer_flops)
         blocks = batch.blocks(step)
         q, k, v = yield from self._qkv(layer, batch, blocks)
         for m in batch.governed:
@@ -325,7 +324,7 @@ class Pass:
             call = self._call(layer, members, rows, q, out, probes)
             call.numbers = batch.view_numbers(layer)
             if self._fine:
-                for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate, self._slice_s):
+                for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
                     began, dense, visible = time.perf_counter(), call.stats.dense, call.stats.visible
                     ops.attend(call, r0, r1)
                     read = (call.stats.visible - visible) / (call.stats.dense - dense)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 SLICE_S = 0.02
 """No stretch of a pass between two stops is predicted to take longer."""
-YIELDING_S = 0.01
-"""Nor of one that its schedule may stop inside operators: then somebody waits for the stop."""
 _BLOCKS = (2048, 1024, 512, 256, 128, 64)
 _FIRST_GUESS = 5e10
 """Operations a second before anything was measured: slow, so that first slices are short."""
@@ -25,9 +23,9 @@ class Rate:
         if work > 1e8 and seconds > 0:
             self.per_second = _MEMORY * self.per_second + (1 - _MEMORY) * work / seconds
 
-    def rows(self, work_per_row: float, seconds: float = SLICE_S) -> int:
+    def rows(self, work_per_row: float) -> int:
         """The largest block of rows that fits a slice; few sizes, since each new one costs the linears set-up time."""
-        allowed = seconds * self.per_second / work_per_row
+        allowed = SLICE_S * self.per_second / work_per_row
         return next((b for b in _BLOCKS if b <= allowed), _BLOCKS[-1])
 
 
@@ -36,13 +34,11 @@ def padded(rows: int) -> int:
     return max(4, 1 << (rows - 1).bit_length()) if rows < 64 else -(-rows // 64) * 64
 
 
-def slices(
-    tiles: Sequence[tuple[int, float]], rate: Rate, seconds: float = SLICE_S
-) -> Iterator[tuple[int, int, float]]:
-    """Join tiles (end row, operations) into slices (first row, end row, operations) of at most `seconds` predicted."""
+def slices(tiles: Sequence[tuple[int, float]], rate: Rate) -> Iterator[tuple[int, int, float]]:
+    """Join tiles (end row, operations) into slices (first row, end row, operations) of at most SLICE_S predicted."""
     begin, end, work = 0, 0, 0.0
     for tile_end, tile_work in tiles:
-        if end > begin and (work + tile_work) / rate.per_second > seconds:
+        if end > begin and (work + tile_work) / rate.per_second > SLICE_S:
             yield begin, end, work
             begin, work = end, 0.0
         end, work = tile_end, work + tile_work
