@@ -91,6 +91,7 @@ auto row_operator() {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // tapes that are alive when the interpreter ends are no news
     m.def("variants", variants, "names of the variants that this processor can run, the fastest first");
     m.def("choose", choose, nb::arg("name"), "run this variant from now on; false if the processor can't");
     m.def("active", [] { return std::string(active->name); });
