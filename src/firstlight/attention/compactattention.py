@@ -79,7 +79,7 @@ class CompactAttention(Planner):
         steering = (ctx.prompt_len - 1) // config.block + 1 - config.dense  # from this tile on rows are dense
         if steering <= grid.first or (config.union and int(grid.begin[0]) < config.block):
             return None
-        blocks = wanted(grid, block_means(grid), config.alpha)
+        blocks = wanted(grid, grid.mean_keys(), config.alpha)
         readable = int(grid.causal.sum()) * len(blocks)
         if config.union:
             blocks[:, max(steering - grid.first, 0) :] = False
@@ -100,16 +100,6 @@ class CompactAttention(Planner):
     def operations(self, ctx: PlanContext) -> float:
         rows, heads, dim = ctx.q.shape
         return 2.0 * rows * heads * (dim + 8) * (int(ctx.tok[-1]) // self.config.block + 1)
-
-
-def block_means(grid: Grid) -> Tensor:
-    """f32 [Hkv, nb, D]: the mean key of each block."""
-    assert grid.ctx.digest is not None
-    means = grid.ctx.digest("mean_k")
-    times, num = grid.blk // BLOCK, grid.num_blocks
-    count = (grid.num_entries - torch.arange(num * times) * BLOCK).clamp(0, BLOCK).view(num, times)
-    means = torch.nn.functional.pad(means, (0, 0, 0, num * times - means.shape[1]))
-    return (means.view(len(means), num, times, -1) * count[:, :, None]).sum(2) / count.sum(1)[:, None]
 
 
 def wanted(grid: Grid, means: Tensor, alpha: float) -> Tensor:

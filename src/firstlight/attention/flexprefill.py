@@ -88,7 +88,7 @@ class FlexPrefill(Planner):
         grid = Grid(ctx, c.block, c.block)
         if grid.num_blocks <= max(2, c.blocks(c.min_budget)):
             return None
-        means, rows = mean_keys(grid), grid.pooled(ctx.q).transpose(0, 1)  # [Hkv, nb, D], [Hq, tiles, D]
+        means, rows = grid.mean_keys(), grid.pooled(ctx.q).transpose(0, 1)  # [Hkv, nb, D], [Hq, tiles, D]
         last = ctx.q[-c.block :].float().mean(0)
         group = len(rows) // ctx.num_kv_heads
         of_groups = [
@@ -129,17 +129,6 @@ class FlexPrefill(Planner):
         c = self.config
         blocks = needed(mass, c.gamma) // c.block + 1
         return blocks.clamp(c.blocks(c.min_budget), None if c.max_budget is None else c.blocks(c.max_budget))
-
-
-def mean_keys(grid: Grid) -> Tensor:
-    """f32 [Hkv, nb, D]: the mean key of each of the grid's blocks, from those of blocks of 64."""
-    assert grid.ctx.digest is not None
-    times, length = grid.blk // BLOCK, grid.num_blocks * grid.blk // BLOCK
-    means = grid.ctx.digest("mean_k")[:, :length]
-    means = pad(means, (0, 0, 0, length - means.shape[1]))
-    count = (grid.num_entries - torch.arange(length) * BLOCK).clamp(0, BLOCK)
-    sums = (means * count[:, None]).view(means.shape[0], -1, times, means.shape[2]).sum(2)
-    return sums / count.view(-1, times).sum(1)[:, None]
 
 
 def in_blocks(x: Tensor, blk: int) -> Tensor:

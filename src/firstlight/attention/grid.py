@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from firstlight.core.attn import AttnPlan, PlanContext
+from firstlight.kernels.kv_layout import BLOCK
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,15 @@ class Grid:
         sums = torch.zeros(self.tiles, *x.shape[1:]).index_add_(0, self.tile, x.float())
         return sums / self.rows.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
 
+    def mean_keys(self) -> Tensor:
+        """f32 [Hkv, nb, D]: the mean key of each block, from digests of blocks of 64, of which `blk` is a multiple."""
+        assert self.ctx.digest is not None
+        num, times = self.num_blocks, self.blk // BLOCK
+        means = self.ctx.digest("mean_k")[:, : num * times]
+        means = pad(means, (0, 0, 0, num * times - means.shape[1])).view(len(means), num, times, -1)
+        count = (self.num_entries - torch.arange(num * times) * BLOCK).clamp(0, BLOCK).view(num, times)
+        return (means * count[:, :, None]).sum(2) / count.sum(1)[:, None]
+
     def plan(
         self,
         blocks: Tensor | None = None,
@@ -146,7 +157,7 @@ def csr(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def pointers(mask: Tensor) -> Tensor:
     """i32 [rows + 1]: how many true places of bool [..., n] lie before each row."""
-    return torch.nn.functional.pad(mask.flatten(0, -2).sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return pad(mask.flatten(0, -2).sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
 
 def mask_of(ptr: Tensor | None, idx: Tensor | None, rows: int, width: int) -> Tensor:

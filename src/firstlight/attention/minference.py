@@ -135,8 +135,7 @@ def clusters(grid: Grid, sizes: Sizes) -> Iterator[tuple[int, Tensor]]:
     """
     if not sizes:
         return
-    assert grid.ctx.digest is not None
-    means, rows = grid.ctx.digest("mean_k")[:, : grid.num_blocks], grid.pooled(grid.ctx.q)
+    means, rows = grid.mean_keys(), grid.pooled(grid.ctx.q)
     group = rows.shape[1] // len(means)
     forced = grid.diagonal | (torch.arange(grid.num_blocks) == 0)
     for head, (count, _) in sizes.items():

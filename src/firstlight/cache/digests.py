@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from firstlight.cache.pool import Ids, Pool
 from firstlight.kernels.kv_layout import BLOCK
@@ -33,6 +34,17 @@ def _masked(keys: Tensor, count: Tensor) -> Tensor:
 
 DIGESTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean_k": _mean_k, "unit_k": _unit_k}
 """name -> of keys [n, 64, D], of which the first count[n] entries of each block are there."""
+
+
+def digest_of(name: str, keys: Tensor) -> Tensor:
+    """[Hkv, nb, ...]: a summary of each block of keys [Hkv, n, D] that lie in no pool."""
+    heads, length, dim = keys.shape
+    num = -(-length // BLOCK)
+    blocks = pad(keys, (0, 0, 0, num * BLOCK - length)).reshape(heads * num, BLOCK, dim)
+    count = torch.full((heads, num), BLOCK)
+    count[:, -1] = length - (num - 1) * BLOCK
+    made = DIGESTS[name](blocks, count.flatten())
+    return made.view(heads, num, *made.shape[1:])
 
 
 class Digests:

@@ -19,7 +19,7 @@ from torch import Tensor
 from firstlight.core.errors import UserError
 from firstlight.kernels.contract import AttnCall, AttnRows, KVView
 from firstlight.kernels.dispatch import backend, fastest
-from firstlight.kernels.kv_layout import BLOCK, KVLayout
+from firstlight.kernels.kv_layout import KVLayout
 from firstlight.models.config import ModelConfig
 
 Call = Callable[[], object]
@@ -162,11 +162,8 @@ def _torch_attention(qkv: Sequence[Tensor]) -> Tensor:
 
 def _attend_call(q: Tensor, k: Tensor, v: Tensor) -> AttnCall:
     (n, _, dim), (context, kv_heads, _) = q.shape, k.shape
-    blocks = -(-context // BLOCK)
-    table = torch.arange(1, 1 + kv_heads * blocks, dtype=torch.int32).view(kv_heads, blocks)
-    layout = KVLayout(1 + kv_heads * blocks, dim, q.dtype)
+    table, layout = KVLayout.holding(k, v)
     entry = torch.arange(context)
-    layout.write(table.T[entry // BLOCK].long() * BLOCK + (entry % BLOCK)[:, None], k, v)
     rows = AttnRows([0, n], entry[context - n :].clone(), entry[context - n :].clone(), [n == 1])
     return AttnCall(q, rows, layout, [KVView(table, [context] * kv_heads)], torch.empty_like(q), dim**-0.5)
 

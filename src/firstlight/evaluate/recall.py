@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from firstlight.attention.joined import joined
-from firstlight.cache.digests import DIGESTS
+from firstlight.cache.digests import digest_of
 from firstlight.core.attn import AttnPlan, PlanContext, Planner
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability, PromptIds
@@ -32,7 +32,6 @@ from firstlight.core.registry import Part
 from firstlight.core.request import Request, SamplingParams
 from firstlight.engine.engine import Engine
 from firstlight.kernels.contract import AttnCall, AttnRows, KVView
-from firstlight.kernels.kv_layout import BLOCK
 from firstlight.kernels.reference.attention import visible_mask
 
 LAYERS = 6
@@ -69,7 +68,7 @@ class Captured:
             is_last_chunk=hi == len(whole.tok),
             keys=lambda: k[:, :hi],
             entries=lambda: (k[:, :hi], v[:, :hi]),
-            digest=lambda name: _digest(name, k[:, :hi]),
+            digest=lambda name: digest_of(name, k[:, :hi]),
             state=state,
         )
 
@@ -227,16 +226,6 @@ def _joined(parts: Sequence[PlanContext]) -> PlanContext:
     """The passes of one prompt as one."""
     q, tok, pos = (torch.cat([getattr(part, key) for part in parts]) for key in ("q", "tok", "pos"))
     return replace(parts[-1], q=q, tok=tok, pos=pos)
-
-
-def _digest(name: str, keys: Tensor) -> Tensor:
-    """[Hkv, nb, ...]: a summary of each block of keys [Hkv, n, D]."""
-    heads, n, dim = keys.shape
-    num = -(-n // BLOCK)
-    padded = torch.nn.functional.pad(keys, (0, 0, 0, num * BLOCK - n)).reshape(heads * num, BLOCK, dim)
-    count = torch.full((num,), BLOCK)
-    count[-1] = n - (num - 1) * BLOCK
-    return DIGESTS[name](padded, count.repeat(heads)).view(heads, num, -1)
 
 
 def _means(layers: Sequence[dict[str, Any]]) -> dict[str, float]:

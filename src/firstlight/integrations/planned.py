@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from firstlight.attention.joined import joined
-from firstlight.cache.digests import DIGESTS
+from firstlight.cache.digests import digest_of
 from firstlight.core.attn import AttnPlan, PlanContext, Planner
 from firstlight.core.errors import UserError
 from firstlight.core.parts import ModelFacts
 from firstlight.core.registry import Method, Part, make_parts
 from firstlight.kernels.contract import AttnCall, AttnRows, AttnStats, KVView
 from firstlight.kernels.dispatch import fastest
-from firstlight.kernels.kv_layout import BLOCK, KVLayout
+from firstlight.kernels.kv_layout import KVLayout
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
 
@@ -76,7 +75,8 @@ class PlannedAttention:
         plans = [self.planner.plan(_context(rows, begin, end, state)) for begin, end in zip(begins, ends)]
         if all(plan is None for plan in plans):
             return None
-        out, table, layout = torch.empty_like(rows.q, memory_format=torch.contiguous_format), *_stored(rows)
+        out = torch.empty_like(rows.q, memory_format=torch.contiguous_format)
+        table, layout = KVLayout.holding(rows.k.contiguous(), rows.v.contiguous())
         for begin, end, plan in zip(begins, ends, plans):
             self._attend(rows, (begin, end), plan, KVView(table, [end] * len(table)), layout, out)
         return out
@@ -121,29 +121,6 @@ def _context(rows: Rows, begin: int, end: int, state: dict[str, Any]) -> PlanCon
         state=state,
         place=tok,
         scale=rows.scale,
-        digest=lambda name: _digest(name, k),
+        digest=lambda name: digest_of(name, k),
         entries=lambda: (k, v),
     )
-
-
-def _digest(name: str, k: Tensor) -> Tensor:
-    """[Hkv, nb, ...]: a summary of each block of k [Hkv, n, D]."""
-    heads, length, dim = k.shape
-    num = -(-length // BLOCK)
-    blocks = F.pad(k, (0, 0, 0, num * BLOCK - length)).reshape(heads * num, BLOCK, dim)
-    count = torch.full((heads, num), BLOCK)
-    count[:, -1] = length - (num - 1) * BLOCK
-    made = DIGESTS[name](blocks, count.flatten())
-    return made.view(heads, num, *made.shape[1:])
-
-
-def _stored(rows: Rows) -> tuple[Tensor, KVLayout]:
-    """K and V in blocks, as kernels read them: the table i32 [Hkv, nb], and the blocks."""
-    length, heads, dim = rows.k.shape
-    num = -(-length // BLOCK)
-    table = torch.arange(1, heads * num + 1, dtype=torch.int32).view(heads, num)
-    layout = KVLayout(heads * num + 1, dim, rows.k.dtype)
-    entry = torch.arange(length)
-    slots = table[:, entry // BLOCK].T.long() * BLOCK + entry[:, None] % BLOCK
-    layout.write(slots, rows.k.contiguous(), rows.v.contiguous())
-    return table, layout

@@ -7,6 +7,8 @@ reserved: it is all zeros, is never written, and stands wherever a table has not
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,6 +39,15 @@ class KVLayout:
         size = (num_blocks, BLOCK * head_dim * dtype.itemsize)
         self.k = _untouched(size).view(dtype).view(num_blocks, head_dim // self.pair, BLOCK, self.pair)
         self.v = _untouched(size).view(dtype).view(num_blocks, BLOCK // self.pair, head_dim, self.pair)
+
+    @classmethod
+    def holding(cls, k: Tensor, v: Tensor) -> tuple[Tensor, Self]:
+        """Blocks for the rows of k, v [n, H, D] alone, and the table i32 [H, nb] that names them."""
+        n, heads, dim = k.shape
+        table = torch.arange(1, heads * -(-n // BLOCK) + 1, dtype=torch.int32).view(heads, -1)
+        layout, entry = cls(table.numel() + 1, dim, k.dtype), torch.arange(n)
+        layout.write(table[:, entry // BLOCK].T.long() * BLOCK + entry[:, None] % BLOCK, k, v)
+        return table, layout
 
     @staticmethod
     def block_nbytes(head_dim: int, dtype: torch.dtype) -> int:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from firstlight.attention.minference import MInference, MInferenceConfig
 from firstlight.attention.patterns import BAND, BLOCKS, KINDS, LINES, Pattern
-from firstlight.cache.digests import DIGESTS
+from firstlight.cache.digests import digest_of
 from firstlight.core.attn import DENSE, AttnPlan, PlanContext
 from firstlight.core.errors import UserError
 from firstlight.kernels.contract import AttnCall, AttnRows, KVView
@@ -117,14 +116,13 @@ class Layer:
     """One layer of one prompt: q [N, Hq, d], k and v [N, Hkv, d]."""
 
     def __init__(self, model: Decoder, q: Tensor, k: Tensor, v: Tensor) -> None:
-        q, (n, heads, dim) = q.contiguous(), k.shape
-        table = torch.arange(1, heads * -(-n // BLOCK) + 1, dtype=torch.int32).view(heads, -1)
-        layout, tok = KVLayout(table.numel() + 1, dim, k.dtype), torch.arange(n)
-        layout.write((table[:, tok // BLOCK].T.long() * BLOCK + tok[:, None] % BLOCK).contiguous(), k.contiguous(), v)
+        q, (n, heads, _) = q.contiguous(), k.shape
+        (table, layout), tok = KVLayout.holding(k.contiguous(), v), torch.arange(n)
         rows, view, cap = AttnRows([0, n], tok, tok, [False]), KVView(table, [n] * heads), model.config.score_cap
         self._attend = model.ops.attend
         self._call = AttnCall(q, rows, layout, [view], torch.empty_like(q), model.scale, score_cap=cap)
-        keys, means = k.transpose(0, 1), _means(k)
+        keys = k.transpose(0, 1)
+        means = digest_of("mean_k", keys)
         self._ctx = PlanContext(0, q, tok, tok, heads, n, True, lambda: keys, {}, tok, model.scale, lambda name: means)
         self._dense = self._out(None)
 
@@ -187,11 +185,3 @@ def pairs(plan: AttnPlan, tok: Tensor) -> Tensor:
     sink, window = plan.band.double().unbind(1)
     keys = torch.where(window == DENSE, torch.inf, keys + sink + torch.where(window > 0, window + BLOCK, 0))
     return torch.minimum(keys[rows], (tok[:, None] // BLOCK + 1.0) * BLOCK).sum(0)
-
-
-def _means(k: Tensor) -> Tensor:
-    """f32 [Hkv, nb, d]: the digest of keys [N, Hkv, d]."""
-    n, heads, dim = k.shape
-    blocks = pad(k.transpose(0, 1), (0, 0, 0, -n % BLOCK)).reshape(-1, BLOCK, dim)
-    count = (n - torch.arange(0, n, BLOCK)).clamp(max=BLOCK).repeat(heads)
-    return DIGESTS["mean_k"](blocks, count).view(heads, -1, dim)
