@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -108,3 +110,10 @@ def test_kernels_are_themselves_again_afterwards() -> None:
     with pytest.raises(KeyboardInterrupt), recording(Memory()):
         raise KeyboardInterrupt
     assert dict(vars(lib)) == kernels
+
+
+def test_a_recording_leaves_pytorchs_compiler_alone() -> None:
+    """Importing it takes seconds and a hundred megabytes: a second token would wait for them."""
+    code = "import sys, torch; from firstlight.kernels.tape import Memory, recording\n"
+    code += "with recording(Memory()): torch.empty(4)\nprint('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

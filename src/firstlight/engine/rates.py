@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SLICE_S = 0.02
-"""No stretch of a pass between two stops is predicted to take longer."""
+"""No stretch of a pass between two stops takes longer, if predictions err by two at most."""
+_AIM_S = SLICE_S / 2
+"""What a slice is predicted to take."""
 _BLOCKS = (2048, 1024, 512, 256, 128, 64)
 _FIRST_GUESS = 5e10
 """Operations a second before anything was measured: slow, so that first slices are short."""
@@ -25,7 +27,7 @@ class Rate:
 
     def rows(self, work_per_row: float) -> int:
         """The largest block of rows that fits a slice; few sizes, since each new one costs the linears set-up time."""
-        allowed = SLICE_S * self.per_second / work_per_row
+        allowed = _AIM_S * self.per_second / work_per_row
         return next((b for b in _BLOCKS if b <= allowed), _BLOCKS[-1])
 
 
@@ -35,10 +37,10 @@ def padded(rows: int) -> int:
 
 
 def slices(tiles: Sequence[tuple[int, float]], rate: Rate) -> Iterator[tuple[int, int, float]]:
-    """Join tiles (end row, operations) into slices (first row, end row, operations) of at most SLICE_S predicted."""
+    """Join tiles (end row, operations) into slices (first row, end row, operations) of at most _AIM_S predicted."""
     begin, end, work = 0, 0, 0.0
     for tile_end, tile_work in tiles:
-        if end > begin and (work + tile_work) / rate.per_second > SLICE_S:
+        if end > begin and (work + tile_work) / rate.per_second > _AIM_S:
             yield begin, end, work
             begin, work = end, 0.0
         end, work = tile_end, work + tile_work

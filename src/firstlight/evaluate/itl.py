@@ -63,7 +63,7 @@ def measure(llm: LLM, scene: Scene, tell: Callable[[str], None] = lambda _: None
     """The row of one schedule: that of `llm`, whose prefix cache is off.
 
     `itl_s` and `itl_alone_s` are {p50, p99, max, count}; `urgent.over_s` is {p50, p95, max, samples}: seconds beyond
-    `urgent.own_s`.
+    a request's own time, of which `urgent.own_s` is the median.
     """
     longest = max(scene.stream_tokens, scene.prompt_tokens, scene.urgent_tokens)
     stage, dice = Stage(llm, prompt_of(llm, longest)), random.Random(scene.seed)
@@ -177,13 +177,16 @@ def _beside_streams(stage: Stage, scene: Scene, dice: random.Random) -> tuple[fl
 def _urgent(
     stage: Stage, scene: Scene, prefill_s: float, dice: random.Random, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What urgent requests wait beyond their own time when they come in the middle of a prefill."""
-    tell("the urgent request alone")
-    alone = [stage.first_token("alone", scene.urgent_tokens) for _ in range(_ALONE + 1)][1:]
-    own = statistics.median(alone)
-    wish = {"priority": -1, "ttft_slo_s": max(_SLO_S, 3 * own)}
+    """What urgent requests wait beyond their own time when they come in the middle of a prefill.
+
+    Their own time is taken anew before each prefill: over minutes a machine's speed drifts by more than they wait.
+    """
+    own: list[float] = []
     over: list[float] = []
     while len(over) < scene.urgent:
+        tell("the urgent request alone")
+        own.append(statistics.median([stage.first_token("alone", scene.urgent_tokens) for _ in range(_ALONE + 1)][1:]))
+        wish = {"priority": -1, "ttft_slo_s": max(_SLO_S, 3 * own[-1])}
         begun = time.perf_counter()
         long = stage.ask("long", scene.prompt_tokens, 1, begun)
         for part in range(_PER_PREFILL):
@@ -191,9 +194,10 @@ def _urgent(
             moment = max(begun + (part + dice.random()) / _PER_PREFILL * prefill_s, time.perf_counter())
             wait = stage.first_token("urgent", scene.urgent_tokens, moment, **wish)
             if len(over) < scene.urgent and not (stage.tokens[long] and stage.tokens[long][0] <= moment):
-                over.append(wait - own)
+                over.append(wait - own[-1])
         stage.clear([long])
-    return {"tokens": scene.urgent_tokens, "own_s": own, "over_s": _quantiles(over, 50, 95) | {"samples": over}}
+    over_s = _quantiles(over, 50, 95) | {"samples": over}
+    return {"tokens": scene.urgent_tokens, "own_s": statistics.median(own), "over_s": over_s}
 
 
 def _quantiles(samples: Sequence[float], *percents: int) -> dict[str, float]:
