@@ -4,129 +4,14 @@
 #include <cmath>
 #include <vector>
 
-#include "entries.h"
-#include "seen.h"
-#include "tile.h"
+#include "product.h"
+#include "scratch.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
 constexpr float LOWEST = -1e30f;  // stands for -inf where a difference is taken
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
-
-// --- products -------------------------------------------------------------------------------------------------------
-
-// out[R rows, N vectors] = sum over `count` parts of a[R, groups] b[groups, ..]: parts lie `a_part` scalars apart in a.
-template <class P, int R, int N, class Out>
-inline void micro(const typename P::scalar* a, ptrdiff_t lda, ptrdiff_t a_part, const typename P::weight* const* b,
-                  ptrdiff_t ldb, ptrdiff_t b_offset, int count, int groups, const Out& out, int row, int column) {
-    Sums<P, R, N> sums;
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) sums.at[i][j] = out.template begin<typename P::sum>(row + i);
-    for (int part = 0; part < count; ++part) sums.add(a + part * a_part, lda, b[part] + b_offset, ldb, groups);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) out.put(row + i, column + j * W, sums.at[i][j]);
-}
-
-// out[rows, columns] = sum over parts of a b. `b` points to `count` matrices [groups, columns] of PAIR scalars each.
-template <class P, class Out>
-void product(int rows, int columns, const typename P::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
-             const typename P::weight* const* b, int count, int groups, const Out& out) {
-    const ptrdiff_t ldb = (ptrdiff_t)columns * P::PAIR;
-    const auto vectors = [&](auto n_vectors, int n) {
-        constexpr int N = n_vectors;
-        for (int r = 0; r < rows; r += MR)
-            with_rows(std::min(MR, rows - r), [&](auto R) {
-                micro<P, R, N>(a + r * lda, lda, a_part, b, ldb, n * P::PAIR, count, groups, out, r, n);
-            });
-    };
-    int n = 0;
-    for (; n + NV * W <= columns; n += NV * W) vectors(std::integral_constant<int, NV>{}, n);
-    for (; n < columns; n += W) vectors(std::integral_constant<int, 1>{}, n);
-}
-
-// --- one tile -------------------------------------------------------------------------------------------------------
-
-// Columns of one walk as blocks of their own, copied when they are first asked for.
-template <class E>
-class Gathered {
-  public:
-    void begin(const Walk& walk) { done_.assign((walk.columns.size() + BLOCK - 1) / BLOCK, false); }
-
-    // Block n of the columns: K, then V.
-    const uint32_t* block(const AttnArgs& call, const Tile& tile, const Walk& walk, int n) {
-        const size_t each = 2 * E::words(call.head_dim);
-        if (store_.size() < done_.size() * each) store_.resize(done_.size() * each);
-        uint32_t* to = &store_[n * each];
-        if (!done_[n]) copy(call, tile, &walk.columns[(size_t)n * BLOCK], std::min(BLOCK, (int)walk.columns.size() - n * BLOCK), to);
-        done_[n] = true;
-        return to;
-    }
-
-  private:
-    // A word is what a dot-product step takes: PAIR scalars, of one entry in K, of as many entries in V. Behind them
-    // there may be rows of words for the entries themselves.
-    static void copy(const AttnArgs& call, const Tile& tile, const int32_t* columns, int count, uint32_t* to) {
-        constexpr int P = E::Weight::PAIR, BITS = 32 / P;
-        const ptrdiff_t groups = call.head_dim / P, words = E::words(call.head_dim);
-        const View& view = view_of(call, tile);
-        const uint32_t *k[BLOCK], *v[BLOCK], *behind[BLOCK];
-        int shift[BLOCK];
-        for (int j = 0; j < BLOCK; ++j) {
-            const int32_t c = columns[j < count ? j : 0];
-            const int place = c % BLOCK;
-            const ptrdiff_t at = view.table[tile.kv * view.table_stride + c / BLOCK] * words;
-            k[j] = (const uint32_t*)call.k + at + place, v[j] = (const uint32_t*)call.v + at + place / P * call.head_dim;
-            behind[j] = (const uint32_t*)call.v + at + place;
-            shift[j] = place % P * BITS;
-        }
-        const auto rows = [](const uint32_t* const* from, ptrdiff_t first, ptrdiff_t end, uint32_t* out) {
-            for (ptrdiff_t g = first; g < end; ++g)
-                for (int j = 0; j < BLOCK; ++j) out[g * BLOCK + j] = from[j][g * BLOCK];
-        };
-        rows(k, 0, words / BLOCK, to);
-        rows(behind, groups, words / BLOCK, to + words);
-        constexpr uint32_t ONE = (uint32_t)((1ull << BITS) - 1);
-        for (int j = 0; j < BLOCK; j += P) {
-            uint32_t* out = to + words + j / P * call.head_dim;
-            for (ptrdiff_t d = 0; d < call.head_dim; ++d) {
-                uint32_t word = 0;
-                for (int p = 0; p < P; ++p) word |= (v[j + p][d] >> shift[j + p] & ONE) << p * BITS;
-                out[d] = word;
-            }
-        }
-    }
-
-    std::vector<uint32_t> store_;
-    std::vector<bool> done_;
-};
-
-// A thread's memory: what its list reads, the tile's rows, and one split's scores. Kept from call to call.
-template <class E>
-struct Scratch {
-    Walk walk;
-    Gathered<E> gathered;
-    std::vector<typename E::Query::scalar> q;
-    typename E::Rows q_rows;
-    typename E::Shares shares;
-    std::vector<float> score, part, out, top, total, best, below, worth;
-    std::vector<uint8_t> kept;
-    std::vector<uint64_t> mask;
-    void begin(const AttnArgs& call, const Tile& tile, bool by_number = false) {
-        walk.begin(call, tile, by_number);
-        gathered.begin(walk);
-    }
-    void reserve(int rows, int dim) {
-        const size_t n = (size_t)rows;
-        if (q.size() < n * dim) q.resize(n * dim), part.resize(n * dim), out.resize(n * dim);
-        if (top.size() < n) q_rows.resize(n), worth.resize(n * TOPS);
-        if (top.size() < n) score.resize(n * SPLIT), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS), best.resize(n), below.resize(n), kept.resize(n * SPLIT_BLOCKS);
-    }
-};
 
 template <class E>
 class TileWork {

@@ -18,7 +18,7 @@
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
-constexpr int ROWS = 48;          // rows of a tile, at most, if a token's heads allow
+constexpr int ROWS = BY_TILES<BF16> ? 96 : 48;  // rows of a tile, at most, if a token's heads allow
 
 // Heads [head, end) of rows [lo, hi), which share a list, as tiles of about equal size.
 void cut(std::vector<Tile>& made, int b, int kv, int head, int end, int lo, int hi, int64_t list) {
@@ -95,6 +95,7 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
     int64_t visible = 0;
 #pragma omp parallel num_threads(call.threads) reduction(+ : visible)
     {
+        [[maybe_unused]] const tmm::Registers held{};
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < owner.size(); ++i) {
             scratch<E>().begin(call, work[owner[i]]);
@@ -118,13 +119,17 @@ template <class E>
 int64_t by_tiles(const AttnArgs& call, const std::vector<Tile>& work, float* lse2) {
     int64_t visible = 0;
     const std::vector<int> first = runs(call, work);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) reduction(+ : visible)
-    for (size_t i = first.size() - 1; i > 0; --i) {  // the last rows see most: heavy tiles first
-        scratch<E>().begin(call, work[first[i - 1]]);
-        for (int t = first[i - 1]; t < first[i]; ++t) {
-            TileWork<E> tile(call, work[t], scratch<E>());
-            tile.whole(lse2);
-            visible += tile.visible();
+#pragma omp parallel num_threads(call.threads) reduction(+ : visible)
+    {
+        [[maybe_unused]] const tmm::Registers held{};
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = first.size() - 1; i > 0; --i) {  // the last rows see most: heavy tiles first
+            scratch<E>().begin(call, work[first[i - 1]]);
+            for (int t = first[i - 1]; t < first[i]; ++t) {
+                TileWork<E> tile(call, work[t], scratch<E>());
+                tile.whole(lse2);
+                visible += tile.visible();
+            }
         }
     }
     return visible;
@@ -159,14 +164,18 @@ void probe(const AttnArgs& call, const std::vector<Tile>& work, const float* lse
         if (call.probe_sums[b])
             for (int kv = 0; kv < call.num_kv_heads; ++kv)
                 for (int n = 0; n * SPLIT < call.probe_len[b]; ++n) jobs.push_back({b, kv, n});
-#pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads)
-    for (size_t i = 0; i < jobs.size(); ++i) {
-        const Job& job = jobs[i];
-        float* sums = call.probe_sums[job.b] + job.kv * call.probe_len[job.b];
-        for (const Tile& t : in_order(call, work, job.b, job.kv)) {
-            scratch<E>().begin(call, t, true);
-            TileWork<E> tile(call, t, scratch<E>());
-            if (job.split < tile.num_splits()) tile.probe(job.split, call.probe_first[t.b], lse2, sums, call.probe_len[t.b]);
+#pragma omp parallel num_threads(call.threads)
+    {
+        [[maybe_unused]] const tmm::Registers held{};
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < jobs.size(); ++i) {
+            const Job& job = jobs[i];
+            float* sums = call.probe_sums[job.b] + job.kv * call.probe_len[job.b];
+            for (const Tile& t : in_order(call, work, job.b, job.kv)) {
+                scratch<E>().begin(call, t, true);
+                TileWork<E> tile(call, t, scratch<E>());
+                if (job.split < tile.num_splits()) tile.probe(job.split, call.probe_first[t.b], lse2, sums, call.probe_len[t.b]);
+            }
         }
     }
 }

@@ -18,15 +18,14 @@ namespace {
 constexpr int SPLIT = SPLIT_BLOCKS * BLOCK;
 constexpr int TOPS = SPLIT_BLOCKS < W ? W : SPLIT_BLOCKS;  // of a row's blocks in a split, in whole vectors
 
-// Where a product's sums go: `begin` is what a row's start from.
+// Where a product's sums go, those of a tile that begins at (row, column).
 struct Stored {
     float* to;
     ptrdiff_t stride;
-    template <class V>
-    V begin(int) const {
-        return V{};
+    template <class Sums>
+    void put(Sums& sums, int row, int column) const {
+        sums.save(to + row * stride + column, stride);
     }
-    void put(int row, int column, vf sum) const { store(to + row * stride + column, sum); }
 };
 
 // A block's sums, each row's times `worth`, onto those of the blocks before it.
@@ -35,13 +34,12 @@ struct Added {
     float* to;
     ptrdiff_t stride;
     const float* worth;
-    template <class V>
-    V begin(int) const {
-        return V{};
-    }
-    void put(int row, int column, vi sum) const {
-        float* at = to + row * stride + column;
-        store(at, fma(__builtin_convertvector(sum, vf), all(worth[row * TOPS]), FIRST ? vf{} : load(at)));
+    template <class Sums>
+    void put(Sums& sums, int row, int column) const {
+        sums.each([&](int i, int j, vi sum) {
+            float* at = to + (row + i) * stride + column + j * W;
+            store(at, fma(__builtin_convertvector(sum, vf), all(worth[(row + i) * TOPS]), FIRST ? vf{} : load(at)));
+        });
     }
 };
 
@@ -96,13 +94,12 @@ struct Eighths {
         float* to;
         const float* scale;
         const Rows& rows;
-        template <class V>
-        V begin(int row) const {
-            return rows.start[row] - vi{};
-        }
-        void put(int row, int column, vi sum) const {
-            const vf score = __builtin_convertvector(sum, vf) * load(scale + column);
-            store(to + (ptrdiff_t)row * SPLIT + column, score * all(rows.step[row]));
+        template <class Sums>
+        void put(Sums& sums, int row, int column) const {
+            sums.each([&](int i, int j, vi sum) {
+                const vf score = __builtin_convertvector(sum + rows.start[row + i], vf) * load(scale + column + j * W);
+                store(to + (ptrdiff_t)(row + i) * SPLIT + column + j * W, score * all(rows.step[row + i]));
+            });
         }
     };
     // Of each entry of a split the logarithm of V's scale, to base 2, and the scale's reciprocal.

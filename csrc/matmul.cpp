@@ -1,7 +1,7 @@
 // Linears: y = x W^T over one packed copy of the weights, for any number of rows.
 //
-// A panel of 64 outputs stays in the second-level cache while rows stream by, six at a time, with 24 vectors of sums in
-// registers. Sums run along the inner dimension from its start to its end whatever the row count; where a panel is too
+// A panel of 64 outputs stays in the second-level cache while rows stream by, a tile of them at a time (product.h), with
+// sums in registers. Sums run along the inner dimension from its start to its end whatever the row count; where a panel is too
 // long for the cache they wait in memory between its parts. So a row's bits depend on nothing but the row. Weights in few
 // bits become such a part just before rows stream by: bits are those of a panel that lay there all along.
 #include "matmul.h"
@@ -12,12 +12,13 @@
 #include <vector>
 
 #include "blocks.h"
-#include "tile.h"
+#include "product.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
-constexpr int64_t ROWS = 96;          // rows that share a panel while it is in the cache
+constexpr int64_t ROWS = 96;          // rows that share a panel while it is in the cache, at least
+constexpr int64_t ROW_BYTES = BY_TILES<BF16> ? 1 << 20 : 0;  // what there is room for beside it, where rows pass by fast
 constexpr int64_t PART = 192 << 10;   // bytes of a panel that stay there
 constexpr int64_t BLOCK_ROWS = 384;    // the same of weights in few bits, so that making it takes little of the time
 constexpr int64_t BLOCK_PART = 16 << 10;  // bytes of what is made of those: in the first-level cache
@@ -53,11 +54,13 @@ class Linear {
         constexpr int UNITS = VECTORS / NV;
         const bool fetch = all > MR && !call_.blocks;
         if (threads == 1) {
+            [[maybe_unused]] const tmm::Registers held{};
             for (int64_t u = 0; u < units; ++u) piece({0, all, u / UNITS, (int)(u % UNITS) * NV, NV, fetch});
             return;
         }
 #pragma omp parallel num_threads(threads)
         {
+            [[maybe_unused]] const tmm::Registers held{};
             // in half tiles, so that 9 panels are 4.5 for each of two
             const int64_t halves = 2 * units, t = omp_get_thread_num(), n = omp_get_num_threads();
             int64_t h = halves * t / n;
@@ -72,40 +75,47 @@ class Linear {
     }
 
     void many(int64_t panels, int threads) {
-        const int64_t each = call_.blocks ? BLOCK_ROWS : ROWS, blocks = (call_.rows + each - 1) / each;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < blocks * panels; ++i) {
-            const int64_t r0 = i / panels * each;
-            for (int v = 0; v < VECTORS; v += NV) piece({r0, std::min(r0 + each, call_.rows), i % panels, v, NV, false});
+        constexpr int N = WIDTH<T>;
+        const int64_t room = ROW_BYTES / (groups_ * 4 + 1) / HEIGHT<T, N> * HEIGHT<T, N>;
+        const int64_t each = call_.blocks ? BLOCK_ROWS : std::clamp(room, ROWS, BLOCK_ROWS);
+        const int64_t blocks = (call_.rows + each - 1) / each;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            [[maybe_unused]] const tmm::Registers held{};
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < blocks * panels; ++i) {
+                const int64_t r0 = i / panels * each;
+                for (int v = 0; v < VECTORS; v += N) piece({r0, std::min(r0 + each, call_.rows), i % panels, v, N, false});
+            }
         }
     }
 
     void piece(const Piece& p) {
-        if (p.count == NV) p.fetch ? as<NV, true>(p) : as<NV, false>(p);
-        else p.fetch ? as<NV / 2, true>(p) : as<NV / 2, false>(p);
+        constexpr bool FETCH = !BY_TILES<T>;
+        if (p.count == NV) p.fetch ? as<NV, FETCH>(p) : as<NV, false>(p);
+        else p.fetch ? as<NV / 2, FETCH>(p) : as<NV / 2, false>(p);
     }
 
     template <int N, bool FETCH>
     void as(const Piece& p) {
-        constexpr int64_t LDB = (int64_t)PANEL * T::PAIR;
+        constexpr int64_t LDB = (int64_t)PANEL * T::PAIR, MOST = HEIGHT<T, N>;
         const int64_t part = std::max<int64_t>((call_.blocks ? BLOCK_PART : PART) / (LDB * sizeof(typename T::weight)), 1);
         const int64_t ldb = call_.blocks ? (int64_t)N * W * T::PAIR : LDB;
         const auto* w = (const typename T::weight*)call_.w + p.panel * groups_ * LDB + p.first * W * T::PAIR;
-        const ptrdiff_t step = LDB * sizeof(typename T::weight) / ((p.r1 - p.r0 + MR - 1) / MR);
+        const ptrdiff_t step = LDB * sizeof(typename T::weight) / ((p.r1 - p.r0 + MOST - 1) / MOST);
         S* waiting = groups_ > part ? waiting_room<S>() : nullptr;
         for (int64_t g = 0; g < groups_ || g == 0; g += part) {
             const int64_t n = std::min(part, groups_ - g);
             const bool last = g + n >= groups_;
             const auto* b = call_.blocks ? made<N>(p, g, n) : w + g * LDB;
-            for (int64_t r = p.r0; r < p.r1; r += MR)
-                with_rows(std::min<int64_t>(MR, p.r1 - r), [&](auto R) {
-                    Sums<T, R, N> s;
+            for (int64_t r = p.r0; r < p.r1; r += MOST)
+                with_sums<T, N>((int)std::min<int64_t>(MOST, p.r1 - r), [&](auto& s) {
                     S* kept = waiting + (r - p.r0) * N;
-                    if (g) recall(s, kept);
-                    else begin(s, p);
-                    s.template add<FETCH>((const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR, call_.x_row, b, ldb, n, (const char*)(w + (g + n) * LDB) + (r - p.r0) / MR * n * step, step);
+                    if (g) s.recall(kept);
+                    else s.clear();
+                    s.template add<FETCH>((const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR, call_.x_row, b, ldb, n, (const char*)(w + (g + n) * LDB) + (r - p.r0) / MOST * n * step, step);
                     if (last) finish(s, p, r);
-                    else keep(s, kept);
+                    else s.keep(kept);
                 });
         }
     }
@@ -123,40 +133,13 @@ class Linear {
         static thread_local std::vector<V> room((size_t)BLOCK_ROWS * NV);
         return room.data();
     }
-    template <int R, int N>
-    static void recall(Sums<T, R, N>& s, const S* from) {
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) s.at[i][j] = from[i * N + j];
-    }
-    template <int R, int N>
-    static void keep(const Sums<T, R, N>& s, S* to) {
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) to[i * N + j] = s.at[i][j];
-    }
-    template <int R, int N>
-    void begin(Sums<T, R, N>& s, const Piece& p) const {
+    template <class Tile>
+    void finish(Tile& sums, const Piece& p, int64_t r) const {
         const int64_t column = p.panel * PANEL + p.first * W;
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j)
-                if constexpr (T::PAIR == 4) s.at[i][j] = load_as<vi>(call_.start + column + j * W);
-                else s.at[i][j] = S{};
-    }
-    template <int R, int N>
-    void finish(const Sums<T, R, N>& s, const Piece& p, int64_t r) const {
-        const int64_t column = p.panel * PANEL + p.first * W;
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) write(value(s.at[i][j], column + j * W), r + i, column + j * W);
+        sums.each([&](int i, int j, S sum) { write(value(sum, column + j * W), r + i, column + j * W); });
     }
     vf value(S sum, int64_t column) const {
-        if constexpr (T::PAIR == 4) return __builtin_convertvector(sum, vf) * load(call_.scale + column);
+        if constexpr (T::PAIR == 4) return __builtin_convertvector(sum + load_as<vi>(call_.start + column), vf) * load(call_.scale + column);
         else return sum;
     }
     void write(vf v, int64_t row, int64_t column) const {

@@ -13,7 +13,30 @@ constexpr int MR = 6, NV = W == 16 ? 4 : 2;
 
 template <class T, int R, int N>
 struct Sums {
-    typename T::sum at[R][N];
+    using S = typename T::sum;
+    S at[R][N];
+
+    // f(row, vector, sum) for all of them.
+    template <class F>
+    inline void each(F f) {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) f(i, j, at[i][j]);
+    }
+    inline void clear() {
+        each([](int, int, S& sum) { sum = S{}; });
+    }
+    // From and to where they wait, R N vectors.
+    inline void recall(const S* from) {
+        each([=](int i, int j, S& sum) { sum = from[i * N + j]; });
+    }
+    inline void keep(S* to) {
+        each([=](int i, int j, S sum) { to[i * N + j] = sum; });
+    }
+    inline void save(float* to, ptrdiff_t stride) {
+        each([=](int i, int j, S sum) { store(to + i * stride + j * W, sum); });
+    }
 
     // += a[R, groups] b[groups, N vectors]: rows of a lie `lda` scalars apart, groups of b `ldb`.
     // While it runs, memory from `ahead` on is fetched into the cache, `step` bytes a group, if FETCH.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,10 +37,24 @@ def test_every_variant_can_be_forced() -> None:
 
 
 @needs_lib
-def test_a_variant_that_cannot_run_is_refused_by_name() -> None:
+@pytest.mark.parametrize("isa", ["avx1024", "amx"])
+def test_a_variant_that_cannot_run_is_refused_by_name(isa: str) -> None:
+    if isa in lib.variants():
+        pytest.skip(f"this processor runs {isa}")
     code = "import sys; sys.argv = ['firstlight', 'run', 'x', '-p', 'hi']; import firstlight.cli.main as m; m.main()"
-    found = told(code, FIRSTLIGHT_ISA="avx1024")
-    assert found.returncode == 2 and "avx1024" in found.stderr and "Traceback" not in found.stderr, found.stderr
+    found = told(code, FIRSTLIGHT_ISA=isa)
+    assert found.returncode == 2 and f"'{isa}' can't run here" in found.stderr, found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@needs_lib
+def test_tiles_are_used_where_there_are_some() -> None:
+    """First of all where the processor has them; their model never but by name."""
+    flags = set(
+        next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    )
+    assert ("amx" in lib.variants()) == ({"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"} <= flags)
+    assert lib.variants().index("amx_model" if "amx_model" in lib.variants() else "portable") == len(lib.variants()) - 1
 
 
 def test_without_compiled_kernels_torch_serves() -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 from types import ModuleType
 
-from firstlight.kernels.native import lib
+from firstlight.kernels.native import active_isa, lib
 
 log = logging.getLogger(__name__)
 BACKENDS = ("reference", "torch", "cpu") if lib is not None else ("reference", "torch")
@@ -25,6 +25,8 @@ def fastest(head_dim: int) -> ModuleType:
         log.warning("no compiled kernels: using PyTorch's operators, which are slower; reinstall where g++ is at hand")
     elif head_dim % 16:
         log.warning("heads of %d are not a multiple of 16: using PyTorch's operators, which are slower", head_dim)
+    elif active_isa() == "amx_model":
+        log.warning("amx_model plays AMX's tiles in plain C++, a test of these kernels: slow; unset FIRSTLIGHT_ISA")
     return backend("torch" if lib is None or head_dim % 16 else "cpu")
 
 

@@ -1,0 +1,57 @@
+// A product in tiles of sums: those of AMX for bf16 and bytes where the variant has them, the vectors of tile.h elsewhere.
+// One type goes one way whatever the number of rows, so that a row's bits are its own.
+#pragma once
+
+#include <algorithm>
+
+#include "amx_tile.h"
+#include "tile.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+
+// Vectors of a whole tile where there are many rows, and rows of a tile that is N vectors wide.
+template <class T>
+constexpr int WIDTH = BY_TILES<T> ? 2 : NV;
+template <class T, int N>
+constexpr int HEIGHT = !BY_TILES<T> ? MR : N > 2 ? tmm::TILE_ROWS : 2 * tmm::TILE_ROWS;
+
+// body(sums of `rows` rows, up to HEIGHT, by N vectors)
+template <class T, int N, class Body>
+inline void with_sums(int rows, Body body) {
+    if constexpr (!BY_TILES<T>) {
+        with_rows(rows, [&](auto R) {
+            Sums<T, R, N> sums;
+            body(sums);
+        });
+    } else if (HEIGHT<T, N> == tmm::TILE_ROWS || rows <= tmm::TILE_ROWS) {
+        TileSums<T, 1, N> sums(rows);
+        body(sums);
+    } else if constexpr (HEIGHT<T, N> > tmm::TILE_ROWS) {
+        TileSums<T, 2, N> sums(rows);
+        body(sums);
+    }
+}
+
+// out[rows, columns] = sum over `count` parts of a[rows, groups] b[groups, columns]: parts lie `a_part` scalars apart in a,
+// and b points to each part's matrix, [groups, columns] of PAIR scalars.
+template <class P, class Out>
+void product(int rows, int columns, const typename P::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
+             const typename P::weight* const* b, int count, int groups, const Out& out) {
+    const ptrdiff_t ldb = (ptrdiff_t)columns * P::PAIR;
+    const auto vectors = [&](auto n_vectors, int n) {
+        constexpr int N = n_vectors, MOST = HEIGHT<P, N>;
+        for (int r = 0; r < rows; r += MOST)
+            with_sums<P, N>(std::min(MOST, rows - r), [&](auto& sums) {
+                sums.clear();
+                for (int part = 0; part < count; ++part)
+                    sums.add(a + r * lda + part * a_part, lda, b[part] + n * P::PAIR, ldb, groups);
+                out.put(sums, r, n);
+            });
+    };
+    constexpr int N = WIDTH<P>;
+    int n = 0;
+    for (; n + N * W <= columns; n += N * W) vectors(std::integral_constant<int, N>{}, n);
+    for (; n < columns; n += W) vectors(std::integral_constant<int, 1>{}, n);
+}
+
+}  // namespace firstlight::FIRSTLIGHT_VARIANT
