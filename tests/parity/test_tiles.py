@@ -1,15 +1,15 @@
-"""Products by tiles: the bits that Intel documents, from the model of the instructions and, where it has them, the machine.
+"""Products by tiles: the bits that Intel documents, from the model of the instructions and from a machine with them.
 
 A tile multiplies 16 pairs of bf16 at a time: first halves and second halves of the pairs are summed apart, in order and
-from zero, each product rounded with its sum; the two sums are joined, and then added to what was there. Numbers below the
-smallest normal one count as zero.
+from zero, each product rounded with its sum; the two sums are joined, and then added to what was there. Numbers below
+the smallest normal one count as zero.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from answers import BF16, F32, VARIANTS, assert_same_bits, backend, run
+from answers import BF16, VARIANTS, assert_same_bits, backend, run
 from cases import MIXED, Req, Spec, build
 from torch import Tensor
 

@@ -1,7 +1,7 @@
 """Linears on our own product (csrc/matmul.cpp): one packed copy of the weights, for a prefill and for a single row.
 
-A row's bits depend neither on the rows beside it nor on threads. On a machine with AMX bf16 and int8 products are left to
-oneDNN, whose speed on tiles is known (ours isn't yet: decision 0019), unless `--deterministic` keeps it off them.
+A row's bits depend neither on the rows beside it nor on threads. On a machine with AMX bf16 and int8 products are left
+to oneDNN, whose speed on tiles is known (ours isn't yet: decision 0019), unless `--deterministic` keeps it off them.
 """
 
 from __future__ import annotations
