@@ -21,14 +21,12 @@ inline void each_of(Body body) {
     if constexpr (I + 1 < COUNT) each_of<COUNT, I + 1>(body);
 }
 
-// A tile of fewer rows than 16 or of shorter ones, and zeros.
+// A tile of fewer rows than 16 or of shorter ones; zeros where it has none.
 template <int C>
-inline void load_part(const char* from, ptrdiff_t stride, int rows, int64_t bytes) {
-    alignas(64) char whole[tmm::TILE_ROWS][tmm::TILE_BYTES] = {};
-    if (bytes == tmm::TILE_BYTES)
-        for (int i = 0; i < rows; ++i) std::memcpy(whole[i], from + i * stride, tmm::TILE_BYTES);
-    else
-        for (int i = 0; i < rows; ++i) std::memcpy(whole[i], from + i * stride, bytes);
+inline void load_part(const char* from, ptrdiff_t stride, int rows, int bytes) {
+    vu whole[tmm::TILE_ROWS];
+    const __mmask64 there = ~0ull >> (tmm::TILE_BYTES - bytes);
+    for (int i = 0; i < tmm::TILE_ROWS; ++i) whole[i] = i < rows ? (vu)_mm512_maskz_loadu_epi8(there, from + i * stride) : vu{};
     tmm::load<C>(whole, tmm::TILE_BYTES);
 }
 
@@ -69,21 +67,25 @@ class TileSums {
     void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups,
              const char* = nullptr, ptrdiff_t = 0) {
         lda *= sizeof *a, ldb *= sizeof *b;
-        for (int64_t g = 0; g < groups; g += STEP)
-            step((const char*)(a + g * T::PAIR), lda, (const char*)b + g * ldb, ldb, (int)std::min<int64_t>(STEP, groups - g));
+        const char *x = (const char*)a, *y = (const char*)b;
+        if (rows_ == M * ROWS)
+            for (; groups >= STEP; groups -= STEP, x += tmm::TILE_BYTES, y += STEP * ldb) step<true>(x, lda, y, ldb, STEP);
+        for (; groups > 0; groups -= STEP, x += tmm::TILE_BYTES, y += STEP * ldb)
+            step<false>(x, lda, y, ldb, (int)std::min<int64_t>(STEP, groups));
     }
 
   private:
+    // `groups` of them, up to STEP, and as many rows as there are; if WHOLE, all.
+    template <bool WHOLE>
     void step(const char* a, ptrdiff_t lda, const char* b, ptrdiff_t ldb, int groups) {
         each_of<M>([&](auto i) {
-            const int rows = std::min(ROWS, rows_ - i * ROWS);
             const char* from = a + i * ROWS * lda;
-            if (rows == ROWS && groups == STEP) tmm::load<FIRST_A + i>(from, lda);
-            else load_part<FIRST_A + i>(from, lda, rows, groups * 4);
+            if (WHOLE) tmm::load<FIRST_A + i>(from, lda);
+            else load_part<FIRST_A + i>(from, lda, rows_ - i * ROWS, groups * 4);
         });
         each_of<N>([&](auto j) {
             constexpr int J = j, B = FIRST_B + J % (8 - FIRST_B);
-            if (groups == STEP) tmm::load<B>(b + J * W * 4, ldb);
+            if (WHOLE || groups == STEP) tmm::load<B>(b + J * W * 4, ldb);
             else load_part<B>(b + J * W * 4, ldb, groups, tmm::TILE_BYTES);
             each_of<M>([](auto i) { tmm::multiply<T, i * N + J, FIRST_A + i, B>(); });
         });

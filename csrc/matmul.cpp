@@ -18,7 +18,7 @@ namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
 constexpr int64_t ROWS = 96;          // rows that share a panel while it is in the cache, at least
-constexpr int64_t ROW_BYTES = BY_TILES<BF16> ? 1 << 20 : 0;  // what there is room for beside it, where rows pass by fast
+constexpr int64_t ROW_BYTES = BY_TILES<BF16> ? 1 << 20 : 0;  // of more rows, which tiles need: they pass by fast
 constexpr int64_t PART = 192 << 10;   // bytes of a panel that stay there
 constexpr int64_t BLOCK_ROWS = 384;    // the same of weights in few bits, so that making it takes little of the time
 constexpr int64_t BLOCK_PART = 16 << 10;  // bytes of what is made of those: in the first-level cache
