@@ -25,7 +25,7 @@ from firstlight.core.request import Completion, SamplingParams
 from firstlight.core.settings import gather_options
 from firstlight.engine.answers import Answers, Encode, StreamChunk
 from firstlight.engine.build import DTYPES, build_engine
-from firstlight.engine.forward import Pass, Stop
+from firstlight.engine.work import Stop, Work
 from firstlight.kernels.dispatch import cap_instruction_set
 from firstlight.llm_document import Document, Model
 from firstlight.models.weights.checkpoint import open_checkpoint
@@ -176,7 +176,7 @@ class LLM:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _on_stop(self, work: Pass, stop: Stop) -> None:
+    def _on_stop(self, work: Work, stop: Stop) -> None:
         layers = self.config.num_layers
         for live, segment in zip(work.lives, work.unit.segments):
             if segment.kind == "prefill":

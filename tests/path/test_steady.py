@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from firstlight.core.request import Request, SamplingParams
 from firstlight.engine.engine import Engine
-from firstlight.engine.forward import Pass, Stop
-from firstlight.engine.steady import SteadyBatch
+from firstlight.engine.steady import Steady, SteadyPass
+from firstlight.engine.work import Stop, Work
 from firstlight.evaluate import chaos
 from firstlight.kernels.native import lib
 from tests.path.law_runs import Asked, chaotic, differences, one_shot
@@ -28,22 +29,24 @@ LAYERS = 3
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every replay the number of layers."""
     ran: list[int] = []
-    replay = SteadyBatch.replay
+    run = SteadyPass.run
 
-    def counted(batch: SteadyBatch, layer: int, end: int) -> int:
-        reached = replay(batch, layer, end)
-        ran.extend([reached - layer] if reached > layer else [])
-        return reached
+    def counted(work: SteadyPass) -> Iterator[Stop]:
+        last = -1
+        for stop in run(work):
+            ran.append(stop.layer - last)
+            last = stop.layer
+            yield stop
 
-    monkeypatch.setattr(SteadyBatch, "replay", counted)
+    monkeypatch.setattr(SteadyPass, "run", counted)
     return ran
 
 
 @pytest.fixture
-def one_by_one(replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are replayed with stops between them, as those that take long are."""
-    replay = SteadyBatch.replay
-    monkeypatch.setattr(SteadyBatch, "replay", lambda batch, layer, end: replay(batch, layer, layer + 1))
+    replay = Steady.replay
+    monkeypatch.setattr(Steady, "replay", lambda self, unit, lives, stride: replay(self, unit, lives, lambda *_: 1))
 
 
 def logits_of(engine: Engine, seed: int = 0, most: int | None = None, cancels: str = "") -> dict[str, list[Tensor]]:
@@ -53,12 +56,12 @@ def logits_of(engine: Engine, seed: int = 0, most: int | None = None, cancels: s
     if most is not None:
         engine.machine.steady.most = most
 
-    def sample(lives: list[Any], work: Pass, inner: Any = engine._sample) -> Any:
+    def sample(lives: list[Any], work: Work, inner: Any = engine._sample) -> Any:
         for live in lives:
             seen.setdefault(live.rid, []).append(work.logits[live.rid].clone())
         return inner(lives, work)
 
-    def at_a_stop(work: Pass, stop: Stop) -> None:
+    def at_a_stop(work: Work, stop: Stop) -> None:
         if cancels and len(seen.get(cancels, ())) == 20 and stop.layer == 1:
             engine.cancel(cancels)
 
@@ -134,9 +137,5 @@ def test_a_foreign_operator_is_not_replayed(monkeypatch: pytest.MonkeyPatch, rep
         return made
 
     want = logits_of(engine(), most=0)
-    steady = engine()
-    assert same(logits_of(steady), want)
-    whole = {
-        key[0]: tape.is_whole for arena in steady.machine.steady._arenas.values() for key, tape in arena.tapes.items()
-    }
-    assert whole == {0: True, 1: False, 2: False} and replays
+    assert same(logits_of(engine()), want)
+    assert not replays

@@ -70,6 +70,10 @@ class RequestKV:
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 
+    def has_place(self, ordinal: int) -> bool:
+        """Whether the blocks for an ordinal are surely there, in rows that hold all below it."""
+        return ordinal % BLOCK > 0 and self.windows is None and not self._explicit
+
     def missing(self, layers: tuple[int, int], more: int) -> int:
         """Blocks that rows of these layers lack for `more` entries each."""
         return int(self._lack(layers, more).sum())

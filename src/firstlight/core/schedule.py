@@ -50,7 +50,7 @@ def legal(f: Sequence[int], segment: Segment, barriers: Sequence[int] = (), num_
     (t0, t1), (l0, l1) = segment.tok, segment.layer
     if not (0 <= t0 < t1 and 0 <= l0 < l1 <= len(f)):
         return False
-    if any(f[layer] != t0 for layer in range(l0, l1)) or (l0 > 0 and f[l0 - 1] < t1):
+    if f[l0:l1].count(t0) < l1 - l0 or (l0 > 0 and f[l0 - 1] < t1):
         return False
     one_shot = t0 == 0 and t1 == num_tokens
     return all(f[c] >= num_tokens or (l0 <= c and one_shot) for c in barriers if l1 > c + 1)

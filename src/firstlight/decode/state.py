@@ -10,7 +10,7 @@ from collections import Counter
 
 import torch
 
-from firstlight.core.request import FinishReason, Logprobs, Request, TokenOutput
+from firstlight.core.request import FinishReason, Logprobs, Request, SamplingParams, TokenOutput
 from firstlight.decode.stops import StopText
 
 
@@ -30,6 +30,8 @@ class Decoding:
         """i64, the tokens of prompt and answer; kept where the repetition penalty asks for them."""
         self.stop_reason: int | str | None = None
         self.logprobs: list[Logprobs] = []
+        self.is_greedy = self.structure is None and _always_likeliest(self.params)
+        """Whether each token is the likeliest one, and nobody asks how likely."""
         self._seed = f"{seed}:{request.rid}" if self.params.seed is None else str(self.params.seed)
         self._stops = StopText(self.params.stop)
         self._text = ""
@@ -89,6 +91,12 @@ class Decoding:
             self.counts[token] += 1
         if params.repetition_penalty != 1 and not (self.seen == token).any():
             self.seen = torch.cat([self.seen, torch.tensor([token])])
+
+
+def _always_likeliest(p: SamplingParams) -> bool:
+    penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+    plain = p.logprobs is None and not p.logit_bias and p.min_tokens == 0
+    return plain and p.temperature == 0 and penalties == (1, 0, 0)
 
 
 def die(seed: int | str, ordinal: int) -> float:

@@ -22,6 +22,8 @@ class StopText:
         The stop that ends first counts, the longer of two that end together. Without `may_stop`, those that end in this
         piece don't count and are text.
         """
+        if not self._stops:
+            return piece
         known, text = len(self._held), self._held + piece
         self._held = ""
         if may_stop and (found := self._first(text, known)):

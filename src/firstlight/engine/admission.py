@@ -6,7 +6,6 @@ Between a request's arrival and its first row. The policy decides when; this say
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -138,13 +137,12 @@ class Admission:
         """Blocks of a hit that stay shared. A retention rewrites what it keeps; what goes behind a window goes."""
         return 0 if live.retention is not None else len(hit.columns) * self._lasting
 
-    def longest(self, live: LiveRequest) -> int:
-        """Tokens at which a request ends: the context, or all that the pool could hold of it beside the documents."""
-        block = self.config.block_size
-        columns = range(1, self.limits.max_model_len // block + 2)
-        room = self._left() + self._shared(live, self._document(live))
-        fitting = bisect_right(columns, room, key=lambda n: self.blocks(live, n * block))
-        return min(self.limits.max_model_len, fitting * block)
+    def is_full(self, live: LiveRequest) -> bool:
+        """Whether a request ends here: at the context's end, or where the pool has no column more for it."""
+        tokens, block = live.num_known, self.config.block_size
+        if tokens >= self.limits.max_model_len or tokens % block:
+            return tokens >= self.limits.max_model_len
+        return self.blocks(live, tokens + block) > self._left() + self._shared(live, self._document(live))
 
     def _left(self) -> int:
         """Blocks that one request alone could have."""

@@ -146,10 +146,6 @@ class Batch:
             self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.dtype)
         return self._scratch[name]
 
-    def replay(self, layer: int, end: int) -> int:
-        """Do layers from this one on as they were recorded, up to `end` at most; the first that is still to be done."""
-        return layer
-
     def recording(self, layer: int) -> AbstractContextManager[None]:
         """Around a layer: have it recorded, if it can be."""
         return nullcontext()

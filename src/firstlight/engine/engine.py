@@ -32,9 +32,10 @@ from firstlight.decode.sampling import sample
 from firstlight.engine.admission import Admission, Limits
 from firstlight.engine.cuts import CutTaken
 from firstlight.engine.eventlog import EventLog
-from firstlight.engine.forward import Machine, Pass, Stop
+from firstlight.engine.forward import Machine, begin
 from firstlight.engine.guard import PartFailed
 from firstlight.engine.live import LiveRequest
+from firstlight.engine.work import Stop, Work
 from firstlight.reuse.prefix import PrefixCache
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class LiveUnit:
     """A unit that was submitted: its pass, and where the pass stands."""
 
     unit: WorkUnit
-    work: Pass
+    work: Work
     stops: Generator[Stop, None, None]
     began: float = 0.0
     stop_wanted: bool = False
@@ -70,7 +71,7 @@ class Engine:
         self.machine, self.pool, self.policy, self.config, self.limits = machine, pool, policy, config, limits
         self.parts, self.cache, self.log = list(parts), cache, log
         self.view = View.start(config)
-        self.on_stop: Callable[[Pass, Stop], None] | None = None
+        self.on_stop: Callable[[Work, Stop], None] | None = None
         """Called at every stop of a pass: progress."""
         self.num_fallbacks = 0
         """Requests that went on dense because a method raised."""
@@ -301,9 +302,9 @@ class Engine:
             live = self._lives[segment.rid]
             lawful = legal(live.f, segment, live.barriers, live.num_prompt)
             assert lawful, f"{segment} breaks the staircase {live.f}"
-            if not live.policies:
-                live.kv.provide(segment.layer, _new_entries(live, segment))
-        work = Pass(self.machine, unit, self._lives)
+            if not live.policies and (new := _new_entries(live, segment)):
+                live.kv.provide(segment.layer, new)
+        work = begin(self.machine, unit, [self._lives[segment.rid] for segment in unit.segments])
         self._queue.append(LiveUnit(unit, work, work.run()))
 
     @torch.inference_mode()
@@ -432,7 +433,7 @@ class Engine:
             others = [other for other in list(self._lives.values()) if other is not live]
             live.request.keep(self.admission.keep(live, others))
 
-    def _sample(self, lives: list[LiveRequest], work: Pass) -> dict[str, int]:
+    def _sample(self, lives: list[LiveRequest], work: Work) -> dict[str, int]:
         """One token for each request whose last row went through the head."""
         lives = [live for live in lives if not live.cancelled]
         if not lives:
@@ -440,22 +441,24 @@ class Engine:
         rows = [work.logits[live.rid] for live in lives]
         logits = torch.stack(rows) if len(rows) > 1 else rows[0][None]
         tokens = sample(logits, [live.decoding for live in lives])
-        for live, row, token in zip(lives, logits, tokens):
+        for i, (live, token) in enumerate(zip(lives, tokens)):
             choose = live.request.choose
-            self._append(live, choose(live.ids[live.num_prompt :], row) if choose else token)
+            self._append(live, choose(live.ids[live.num_prompt :], logits[i]) if choose else token)
         return {live.rid: 1 for live in lives}
 
     def _append(self, live: LiveRequest, token: int) -> None:
         live.ids.append(token)
         live.stamps.first_token = live.stamps.first_token or time.perf_counter()
         live.finish_reason = live.decoding.take(token)
-        if live.finish_reason is None and live.num_known >= self.admission.longest(live):
+        if live.finish_reason is None and self.admission.is_full(live):
             live.finish_reason = "length"
         self._outputs.append(live.decoding.output(live.finish_reason))
 
     def _grow(self, live: LiveRequest) -> int:
         """Blocks that the next token's row takes beyond what is reserved."""
         if live.f[-1] == live.num_known - 1:
+            if live.kv.has_place(live.f[-1]):
+                return 0
             live.kv.settle()
         return max(live.kv.missing((0, len(live.f)), 1) - live.kv.reserved, 0)
 
@@ -474,10 +477,14 @@ class Engine:
 
 
 def _new_entries(live: LiveRequest, segment: Segment) -> int:
-    """How many entries a segment adds to a row of the table at most; an identity may hold some of them already."""
-    if not live.kv.is_identity:
-        return segment.tok[1] - segment.tok[0]
-    return max(segment.tok[1] - int(live.kv.length[segment.layer[0], 0]), 0)
+    """How many entries a segment adds to a row of the table at most; an identity may hold some of them already.
+
+    0 also where the one that it adds has its place.
+    """
+    first, end = segment.tok
+    if end - first == 1 and live.kv.has_place(first):
+        return 0
+    return max(end - int(live.kv.length[segment.layer[0], 0]), 0) if live.kv.is_identity else end - first
 
 
 def _may_stop(unit: WorkUnit, stop: Stop) -> bool:

@@ -9,11 +9,11 @@ and retention; rows leave (park store, or the head).
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from firstlight.core.parts import Keep, Merge
 from firstlight.core.schedule import Segment, WorkUnit, YieldAt
 from firstlight.engine.batch import Batch, Block, Member
-from firstlight.engine.cuts import CutTaken, RowCuts
+from firstlight.engine.cuts import RowCuts
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
@@ -29,20 +29,13 @@ from firstlight.engine.probes import Probes
 from firstlight.engine.rates import SLICE_S, Rate, slices
 from firstlight.engine.spans import joined
 from firstlight.engine.steady import Steady
+from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnCall, AttnRows
 from firstlight.models.decoder import Decoder
 
 _INSIDE_LAYERS: tuple[YieldAt, ...] = ("slice", "op", "sublayer")
 _HEAD_ROWS = 256
 """Rows of prompt logits made at a time."""
-
-
-class Stop(NamedTuple):
-    """A place where a pass can wait: after an operator or a slice of one."""
-
-    level: YieldAt
-    layer: int
-    op: str
 
 
 @dataclass(slots=True)
@@ -60,7 +53,14 @@ class Machine:
     def __post_init__(self) -> None:
         self.steady = Steady(self.model, self.ops)
 
-    def seconds(self, rows: int, pairs: int) -> float:
+    def stride(self, unit: WorkUnit, rows: int, pairs: int) -> int:
+        """Layers that a unit may do between two stops, with so many rows and (row, key) pairs; 0 = it stops inside."""
+        seconds = self._seconds(rows, pairs)
+        if unit.yield_at in _INSIDE_LAYERS or seconds > SLICE_S:
+            return 0
+        return int(SLICE_S / seconds) if unit.yield_at == "none" else 1
+
+    def _seconds(self, rows: int, pairs: int) -> float:
         """A layer's predicted time, for so many rows and (row, key) pairs of dense attention."""
         c = self.model.config
         linear: float = self.model.layer_flops * rows
@@ -68,14 +68,17 @@ class Machine:
         return linear / self.linear.per_second + attention / self.attention.per_second
 
 
-class Pass:
-    """A work unit under way. After `run` ended: `logits` of requests that sample, `cuts` that were taken."""
+def begin(machine: Machine, unit: WorkUnit, lives: Sequence[LiveRequest]) -> Work:
+    """A unit's pass: a replay where that may be."""
+    return machine.steady.replay(unit, lives, partial(machine.stride, unit)) or Pass(machine, unit, lives)
 
-    def __init__(self, machine: Machine, unit: WorkUnit, lives: Mapping[str, LiveRequest]) -> None:
-        self.machine, self.unit = machine, unit
-        self.lives = [lives[segment.rid] for segment in unit.segments]
-        self.logits: dict[str, Tensor] = {}
-        self.cuts: list[CutTaken] = []
+
+class Pass(Work):
+    """A work unit that is computed layer by layer."""
+
+    def __init__(self, machine: Machine, unit: WorkUnit, lives: Sequence[LiveRequest]) -> None:
+        super().__init__(unit, lives)
+        self.machine = machine
         self._row_cuts = RowCuts(machine.park, self.cuts)
         self._segments: list[tuple[LiveRequest, Segment]] = []
         self._members: list[Member] = []
@@ -84,13 +87,6 @@ class Pass:
         self._sourced = any(live.spans for live in self.lives)
         self._fine = True
         """Whether to stop inside layers."""
-        self._stride = 1
-        """Layers between two stops, where they are replayed."""
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Nobody waits for this pass any more."""
-        return all(live.cancelled for live in self.lives)
 
     def run(self) -> Generator[Stop, None, None]:
         for segments in self._rounds():
@@ -115,17 +111,14 @@ class Pass:
     def _through(self) -> Iterator[Stop]:
         begin = {segment.layer[0] for _, segment in self._segments}
         end = {segment.layer[1] for _, segment in self._segments}
-        layer = min(begin)
-        while layer < max(end):
+        for layer in range(min(begin), max(end)):
             if layer in begin or any(live.cancelled for live in self.lives):
                 self._join(layer)
-            reached = layer + 1
             if self._members:
-                reached = yield from self._layers(layer, min(n for n in begin | end if n > layer))
-                if reached in end:
-                    yield from self._leave(reached)
-            yield Stop("layer", reached - 1, "end")
-            layer = reached
+                yield from self._layer(layer)
+                if layer + 1 in end:
+                    yield from self._leave(layer + 1)
+            yield Stop("layer", layer, "end")
 
     # --- rows come and go ---------------------------------------------------------------------------------------------
 
@@ -194,26 +187,20 @@ class Pass:
 
     # --- one layer ----------------------------------------------------------------------------------------------------
 
-    def _layers(self, layer: int, end: int) -> Generator[Stop, None, int]:
-        """One layer, or those up to `end` that replay in one go; returns the first that is still to be done."""
+    def _layer(self, layer: int) -> Iterator[Stop]:
         if self._sourced:
             self._load(layer)
         aside = self._before(layer) if self._governed else []
         batch = self._batch or self._gather()
-        if (reached := batch.replay(layer, min(layer + self._stride, end))) > layer:
-            return reached
         with batch.recording(layer):
             yield from self._compute(layer, batch, aside)
-        return layer + 1
 
     def _gather(self) -> Batch:
         """The members' rows as a batch, and whether to stop inside its layers; a steady one, if that may be."""
         machine, members = self.machine, self._members
         rows = sum(len(m.tok) for m in members)
         pairs = sum(int(m.tok.sum()) for m in members) + rows
-        seconds = machine.seconds(rows, pairs)
-        self._fine = self.unit.yield_at in _INSIDE_LAYERS or seconds > SLICE_S
-        self._stride = max(int(SLICE_S / seconds), 1) if self.unit.yield_at == "none" else 1
+        self._fine = machine.stride(self.unit, rows, pairs) == 0
         steady = None if self._fine else machine.steady.batch(members)
         self._batch = steady or Batch(members, machine.model)
         return self._batch

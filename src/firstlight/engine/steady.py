@@ -1,16 +1,17 @@
-"""Decode passes that are alike from step to step: their layers are recorded once and replayed.
+"""Decode passes that are alike from step to step: they are recorded once and replayed.
 
 Between two decode steps of the same number of plain rows nothing changes but numbers in memory: where K/V go, how long
-views are, what rows hold. So these lie in an `Arena` that stays, each pass writes them there for all layers at once,
-and a layer's calls (kernels/tape.py) are run again. Whatever isn't plain goes the ordinary way, and so does the first
-pass of its kind, while it is recorded.
+views are, what rows hold. So these lie in an `Arena` that stays. The first pass of its kind goes the ordinary way over
+it (`SteadyBatch`), while each layer's calls are recorded (kernels/tape.py); from then on a pass (`SteadyPass`) writes
+its numbers there for all layers at once and has the calls made again. Whatever isn't plain goes the ordinary way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -18,11 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firstlight.cache.table import RequestKV
+from firstlight.core.schedule import Segment, WorkUnit
 from firstlight.engine.batch import Batch, Block, Member
+from firstlight.engine.live import LiveRequest
 from firstlight.engine.rates import padded
+from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnRows
+from firstlight.kernels.kv_layout import BLOCK
 from firstlight.kernels.tape import Memory, Tape, recording
 from firstlight.models.decoder import Decoder
+
+Stride = Callable[[int, int], int]
+"""Of so many rows and (row, key) pairs: layers between two stops, 0 = it stops inside layers."""
 
 
 class Steady:
@@ -34,73 +43,99 @@ class Steady:
         self.most = 64 if hasattr(ops, "view_numbers") else 0
         """Rows of a pass that is recorded."""
 
+    def replay(self, unit: WorkUnit, lives: Sequence[LiveRequest], stride: Stride) -> SteadyPass | None:
+        """The pass of a unit all of whose layers were recorded; None if it has to go the ordinary way."""
+        n, num_layers = len(lives), self._model.config.num_layers
+        arena = self._arenas.get(padded(n))
+        if arena is None or n > self.most or arena.is_taken:
+            return None
+        for live, segment in zip(lives, unit.segments):
+            if segment.layer[0] or not _is_steady(live, segment):
+                return None
+        step = stride(n, sum(segment.tok[1] for segment in unit.segments))
+        tapes = [arena.tape(n, a, min(a + step, num_layers)) for a in range(0, num_layers, step)] if step else []
+        whole = [tape for tape in tapes if tape is not None]
+        return SteadyPass(unit, lives, arena, self._model, whole, step) if tapes and len(whole) == len(tapes) else None
+
     def batch(self, members: Sequence[Member]) -> Batch | None:
         """The members' rows in an arena; None if they aren't all plain decode rows, or another pass has it."""
-        if not 0 < len(members) <= self.most or not all(self._is_steady(m) for m in members):
+        if not 0 < len(members) <= self.most or not all(_is_steady(m.live, m.segment) for m in members):
             return None
         size = padded(len(members))
         if size not in self._arenas:
-            self._arenas[size] = Arena(size, self._model, self._ops, members[0])
+            self._arenas[size] = Arena(size, self._model, self._ops, members[0].live.kv)
         arena = self._arenas[size]
         return None if arena.is_taken else SteadyBatch(arena, list(members), self._model)
 
-    def _is_steady(self, m: Member) -> bool:
-        """One row for all layers up to the last, whose place is known and on which no part has a say."""
-        live, last = m.live, m.segment.layer[1] == len(m.live.f)
-        if not (m.decode and m.is_plain and len(m.tok) == 1 and last and live.kv.windows is None):
-            return False
-        if m.planner is not None or live.retention is not None:
-            return False
-        m.find_slots()
-        return m.slots is not None
+
+def _is_steady(live: LiveRequest, segment: Segment) -> bool:
+    """One row for all layers up to the last, whose place is known and on which no part has a say."""
+    one = segment.kind == "decode" and segment.tok[1] - segment.tok[0] == 1 and segment.layer[1] == len(live.f)
+    if not one or live.policies or live.spans is not None or live.retention is not None:
+        return False
+    return live.kv.windows is None and (live.planner is None or live.planner.prompt_only)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a row takes from its request, as long as its ordinals are in one block of 64."""
+
+    table: Any = None
+    block: int = -1
+    slots: Any = None
+    """i64 [L, Hkv]: where the block's first entry goes."""
+    turns: Any = None
+    """f32 [2, bases, 64, d]: cos and sin of its ordinals."""
 
 
 class Arena:
     """Buffers for `size` rows, and the tapes of passes over them.
 
-    A pass has it as long as its batch lives.
+    A pass has it as long as it, or its batch, lives.
     """
 
-    def __init__(self, size: int, model: Decoder, ops: ModuleType, member: Member) -> None:
+    def __init__(self, size: int, model: Decoder, ops: ModuleType, kv: RequestKV) -> None:
         c = model.config
         self._model, self._ops = model, ops
-        self.x = torch.zeros(size, member.x.shape[1])
+        self.x = torch.zeros(size, c.hidden_size)
         self.tok = torch.zeros(size, dtype=torch.int64)
         """Ordinals, and positions: all rows are as they were made."""
-        self.cos, self.sin = (t.contiguous() for t in model.rope(self.tok))
+        self._turns = torch.stack(model.rope(self.tok))
+        self.cos, self.sin = self._turns
         self.attended = torch.zeros(size, c.num_heads, c.head_dim, dtype=model.dtype)
         self.blocks = [Block(0, size, self.x, self.cos, self.sin)]
         self.slots = torch.zeros(c.num_layers, size, c.num_kv_heads, dtype=torch.int64)
-        seen = np.zeros((c.num_layers, size, ops.view_numbers([member.live.kv.view(0)]).shape[1]), np.int64)
-        self.views = list(seen)
+        self.views = np.zeros((c.num_layers, size, ops.view_numbers([kv.view(0)]).shape[1]), np.int64)
         """Of each layer, for all rows: i64 [size, ..]."""
-        self._ends = seen[:, :, -c.num_kv_heads :]
-        self.memory = Memory()
-        self.tapes: dict[tuple[int, int, int, int], Tape] = {}
-        """By layers [first, end), rows and threads."""
+        self._ends = self.views[:, :, -c.num_kv_heads :]
+        self._seats = [Seat()] * size
+        self._memory = Memory()
+        self._tapes: dict[tuple[int, int, int, int], Tape] = {}
+        """By rows, threads and layers [first, end); the head is a layer more."""
+        self._logits: dict[tuple[int, int], Tensor] = {}
+        """What the head's tapes write, by rows and threads."""
         self._rows: dict[int, AttnRows] = {}
-        self._tables: list[Any] = [None] * size
-        self._batch: weakref.ref[Batch] | None = None
+        self._taker: weakref.ref[Any] | None = None
 
     @property
     def is_taken(self) -> bool:
-        return self._batch is not None and self._batch() is not None
+        return self._taker is not None and self._taker() is not None
 
-    def fill(self, batch: Batch) -> None:
-        """The numbers of a pass that begins, or that some have left."""
-        self._batch, members, n = weakref.ref(batch), batch.members, batch.n
-        x = torch.cat([m.x for m in members])  # a copy: they may be views of the arena
-        self.x[:n], self.x[n:] = x, 0.0
-        self.tok[n:] = 0
-        self.tok.numpy()[:n] = [m.segment.tok[0] for m in members]
-        for into, table in zip((self.cos, self.sin), self._model.rope(self.tok)):
-            into.copy_(table)
-        for i, m in enumerate(members):
-            assert m.slots is not None
-            m.lo, m.x = i, self.x[i : i + 1]
-            self.slots[m.segment.layer[0] :, i : i + 1] = m.slots
-            self._look(i, m)
-            self._ends[:, i] = m.segment.tok[1]
+    def take(self, taker: Any) -> None:
+        self._taker = weakref.ref(taker)
+
+    def fill(self, rows: Sequence[tuple[RequestKV, int]]) -> None:
+        """The numbers of a pass that begins, or that some have left: each row's K/V and ordinal."""
+        n, tok, turns, slots = len(rows), self.tok.numpy(), self._turns.numpy(), self.slots.numpy()
+        tok[n:], self.x.numpy()[n:] = 0, 0.0
+        for i, (kv, ordinal) in enumerate(rows):
+            seat, (block, place) = self._seats[i], divmod(ordinal, BLOCK)
+            if seat.table is not kv.table or seat.block != block:
+                seat = self._seats[i] = self._seat(i, kv, ordinal)
+            tok[i] = ordinal
+            turns[:, :, i] = seat.turns[:, :, place]
+            slots[:, i] = seat.slots + place
+            self._ends[:, i] = ordinal + 1
 
     def rows(self, n: int) -> AttnRows:
         """The first n rows, one a request. Recorded calls point to what a backend keeps in its memo."""
@@ -108,56 +143,34 @@ class Arena:
             self._rows[n] = AttnRows(range(n + 1), self.tok[:n], self.tok[:n], [True] * n)
         return self._rows[n]
 
-    def _look(self, i: int, m: Member) -> None:
-        """Row i reads m's table: it lies where it lay until it grows."""
-        kv = m.live.kv
-        if self._tables[i] is not kv.table:
-            self._tables[i] = kv.table
-            for numbers, row in zip(self.views, self._ops.view_numbers([kv.view(n) for n in range(len(self.views))])):
-                numbers[i] = row
+    def _seat(self, i: int, kv: RequestKV, ordinal: int) -> Seat:
+        """Row i reads and writes this table, which lies where it lies until it grows."""
+        block, place = divmod(ordinal, BLOCK)
+        slots = kv.slots((0, len(self.views)), torch.tensor([ordinal]))
+        assert slots is not None, "the K/V of a steady row are an identity"
+        views = [kv.view(layer) for layer in range(len(self.views))]
+        self.views[:, i] = self._ops.view_numbers(views)
+        turns = torch.stack(self._model.rope(torch.arange(block * BLOCK, (block + 1) * BLOCK)))
+        return Seat(kv.table, block, slots[:, 0].numpy() - place, turns.numpy())
 
-
-class SteadyBatch(Batch):
-    """A batch in an arena."""
-
-    def __init__(self, arena: Arena, members: list[Member], model: Decoder) -> None:
-        self._arena = arena
-        super().__init__(members, model)
-
-    def _gather(self, model: Decoder) -> None:
-        arena = self._arena
-        arena.fill(self)
-        self.x, self.cos, self.sin = arena.x, arena.cos, arena.sin
-        self.tok = self.pos = arena.tok[: self.n]
-        self._scratch["attended"] = arena.attended
-
-    def replay(self, layer: int, end: int) -> int:
-        tape = self._tape(layer, end) or self._tape(layer, end := layer + 1)
-        if tape is None:
-            return layer
-        tape.run()
-        for m in self.members:
-            m.live.kv.grow((layer, end), m.segment.tok[1])
-        return end
+    # --- tapes --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def recording(self, layer: int) -> Iterator[None]:
-        key = self._key(layer, layer + 1)
-        if key in self._arena.tapes:  # it can't be replayed
+    def recording(self, n: int, layer: int) -> Iterator[None]:
+        """Around a layer of n rows, or the head, unless it was recorded before."""
+        key = _key(n, layer, layer + 1)
+        if key in self._tapes:
             yield
             return
-        with recording(self._arena.memory) as tape:
+        with recording(self._memory) as tape:
             yield
-        self._arena.tapes[key] = tape
+        self._tapes[key] = tape
 
-    def _key(self, layer: int, end: int) -> tuple[int, int, int, int]:
-        return layer, end, self.n, torch.get_num_threads()
-
-    def _tape(self, layer: int, end: int) -> Tape | None:
+    def tape(self, n: int, layer: int, end: int) -> Tape | None:
         """Of these layers, joined from theirs when first asked for; None if one of them can't be replayed."""
-        tapes, key = self._arena.tapes, self._key(layer, end)
+        tapes, key = self._tapes, _key(n, layer, end)
         if key not in tapes:
-            parts = [tapes.get(self._key(n, n + 1)) for n in range(layer, end)]
+            parts = [tapes.get(_key(n, a, a + 1)) for a in range(layer, end)]
             whole = [part for part in parts if part is not None and part.is_whole]
             if len(whole) < end - layer:
                 return None
@@ -166,6 +179,43 @@ class SteadyBatch(Batch):
                 tapes[key].extend(part)
         return tapes[key] if tapes[key].is_whole else None
 
+    def head(self, n: int) -> Tensor:
+        """Logits of the first n rows, f32 [n, V], in memory that the next pass writes again."""
+        num_layers, key = len(self.views), (n, torch.get_num_threads())
+        if key in self._logits and (tape := self.tape(n, num_layers, num_layers + 1)) is not None:
+            tape.run()
+            return self._logits[key]
+        with self.recording(n, num_layers):
+            self._logits[key] = self._model.head(self.x[:n])
+        return self._logits[key]
+
+
+def _key(n: int, layer: int, end: int) -> tuple[int, int, int, int]:
+    return n, torch.get_num_threads(), layer, end
+
+
+class SteadyBatch(Batch):
+    """A batch in an arena, whose layers are recorded."""
+
+    def __init__(self, arena: Arena, members: list[Member], model: Decoder) -> None:
+        self._arena = arena
+        arena.take(self)
+        super().__init__(members, model)
+
+    def _gather(self, model: Decoder) -> None:
+        arena, members = self._arena, self.members
+        x = torch.cat([m.x for m in members])  # a copy: they may be views of the arena
+        arena.fill([(m.live.kv, m.segment.tok[0]) for m in members])
+        arena.x[: self.n] = x
+        for i, m in enumerate(members):
+            m.lo, m.x = i, arena.x[i : i + 1]
+        self.x, self.cos, self.sin = arena.x, arena.cos, arena.sin
+        self.tok = self.pos = arena.tok[: self.n]
+        self._scratch["attended"] = arena.attended
+
+    def recording(self, layer: int) -> contextlib.AbstractContextManager[None]:
+        return self._arena.recording(self.n, layer)
+
     def blocks(self, step: int) -> list[Block]:
         return self._arena.blocks
 
@@ -173,7 +223,51 @@ class SteadyBatch(Batch):
         return self._arena.slots[layer, : self.n]
 
     def view_numbers(self, layer: int) -> Any:
-        return self._arena.views[layer][: self.n]
+        return self._arena.views[layer, : self.n]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         return self._arena.rows(self.n)
+
+
+class SteadyPass(Work):
+    """A pass of plain decode rows, from the tapes of its layers, `step` of them between two stops.
+
+    A row whose request is cancelled stays until the pass ends, and has no logits.
+    """
+
+    def __init__(
+        self,
+        unit: WorkUnit,
+        lives: Sequence[LiveRequest],
+        arena: Arena,
+        model: Decoder,
+        tapes: Sequence[Tape],
+        step: int,
+    ) -> None:
+        super().__init__(unit, lives)
+        self._arena, self._model, self._tapes, self._step = arena, model, tapes, step
+        arena.take(self)
+
+    def run(self) -> Generator[Stop, None, None]:
+        arena, ordinals = self._arena, [segment.tok[0] for segment in self.unit.segments]
+        arena.fill([(live.kv, t) for live, t in zip(self.lives, ordinals)])
+        ids = torch.tensor([live.ids[t] for live, t in zip(self.lives, ordinals)])
+        arena.x[: len(ordinals)] = self._model.embed(ids)
+        *lower, top = self._tapes
+        for i, tape in enumerate(lower, 1):
+            tape.run()
+            yield Stop("layer", i * self._step - 1, "end")
+        top.run()
+        self._leave(ordinals)
+        yield Stop("layer", self._model.config.num_layers - 1, "end")
+
+    def _leave(self, ordinals: Sequence[int]) -> None:
+        """All rows are through; those of last tokens go through the head."""
+        num_layers = self._model.config.num_layers
+        for live, t in zip(self.lives, ordinals):
+            live.f = [t + 1] * num_layers
+            live.kv.grow((0, num_layers), t + 1)
+        logits = self._arena.head(len(ordinals))
+        for live, t, row in zip(self.lives, ordinals, logits):
+            if t == live.num_known - 1 and not live.cancelled:
+                self.logits[live.rid] = row

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from firstlight.core.request import Request
 from firstlight.engine.engine import Engine
-from firstlight.engine.forward import Pass, Stop
 from firstlight.engine.live import LiveRequest
+from firstlight.engine.work import Stop, Work
 from firstlight.evaluate.sight import KINDS, Sight, cell_size
 from firstlight.kernels.contract import AttnCall
 
@@ -88,7 +88,7 @@ class Watch:
             self.live = self.live or live
             return live
 
-        def on_stop(work: Pass, stop: Stop) -> None:
+        def on_stop(work: Work, stop: Stop) -> None:
             self._stopped(stop)
             if told is not None:
                 told(work, stop)
