@@ -146,6 +146,10 @@ class Batch:
             self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.dtype)
         return self._scratch[name]
 
+    def head(self, model: Decoder) -> Tensor:
+        """Logits of all rows, f32 [N, V]."""
+        return model.head(self.x[: self.n])
+
     def recording(self, layer: int) -> AbstractContextManager[None]:
         """Around a layer: have it recorded, if it can be."""
         return nullcontext()

@@ -439,7 +439,7 @@ class Engine:
         if not lives:
             return {}
         rows = [work.logits[live.rid] for live in lives]
-        logits = torch.stack(rows) if len(rows) > 1 else rows[0][None]
+        logits = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
         tokens = sample(logits, [live.decoding for live in lives])
         for i, (live, token) in enumerate(zip(lives, tokens)):
             choose = live.request.choose

@@ -162,13 +162,18 @@ class Pass(Work):
                     live.seen.clear()
                 yield from self._head(member)
         if done:
-            self._members, self._batch = [m for m in self._members if m not in done], None
+            self._members = [m for m in self._members if m not in done]
+            if self._members:  # without any the batch stays, since logits may lie in its memory
+                self._batch = None
 
     def _predict(self, done: Sequence[Member]) -> None:
         """Logits of each one's last known row, for sampling: the head's weights are read once for all of them."""
         last = [m for m in done if len(m.tok) and int(m.tok[-1]) == m.live.num_known - 1]
-        if last:
-            logits = self.machine.model.head(torch.cat([m.x[-1:] for m in last]))
+        batch, model = self._batch, self.machine.model
+        if batch is not None and len(last) == batch.n:
+            self.logits |= {m.live.rid: row for m, row in zip(batch.members, batch.head(model))}
+        elif last:
+            logits = model.head(torch.cat([m.x[-1:] for m in last]))
             self.logits |= {m.live.rid: row for m, row in zip(last, logits)}
 
     def _head(self, member: Member) -> Iterator[Stop]:
@@ -264,18 +269,17 @@ class Pass(Work):
 
     def _qkv(self, layer: int, batch: Batch, blocks: Sequence[Block]) -> Generator[Stop, None, Sequence[Tensor]]:
         """q [N, Hq, d], k, v [N, Hkv, d] of all rows, padding included."""
-        model, whole = self.machine.model, batch.scratch
-        done: Sequence[Tensor] = ()
+        model, c = self.machine.model, self.machine.model.config
+        heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+        whole = batch.scratch("qkv", (sum(heads) * c.head_dim,)) if len(blocks) > 1 else None
         for block in blocks:
-            made = model.qkv(layer, block.x, block.cos, block.sin)
-            done = made if len(blocks) == 1 else [whole(n, t.shape[1:]) for n, t in zip("qkv", made)]
-            for target, part in zip(done, made) if len(blocks) > 1 else ():
-                target[block.lo : block.hi] = part
+            room = None if whole is None else whole[block.lo : block.hi]
+            made: Sequence[Tensor] = model.qkv(layer, block.x, block.cos, block.sin, room)
             if self._fine:
                 yield Stop("slice", layer, "qkv")
         if self._fine:
             yield Stop("op", layer, "qkv")
-        return done
+        return made if whole is None else whole.view(len(whole), -1, c.head_dim).split_with_sizes(heads, 1)
 
     def _write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
         """Upsert the cells of all rows, but for those that were exact before."""

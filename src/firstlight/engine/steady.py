@@ -53,9 +53,9 @@ class Steady:
             if segment.layer[0] or not _is_steady(live, segment):
                 return None
         step = stride(n, sum(segment.tok[1] for segment in unit.segments))
-        tapes = [arena.tape(n, a, min(a + step, num_layers)) for a in range(0, num_layers, step)] if step else []
-        whole = [tape for tape in tapes if tape is not None]
-        return SteadyPass(unit, lives, arena, self._model, whole, step) if tapes and len(whole) == len(tapes) else None
+        ends = [*range(step, num_layers, step), num_layers] if step else []
+        tapes = arena.tapes(n, ends) if step else []
+        return SteadyPass(unit, lives, arena, self._model, list(zip(ends, tapes))) if tapes else None
 
     def batch(self, members: Sequence[Member]) -> Batch | None:
         """The members' rows in an arena; None if they aren't all plain decode rows, or another pass has it."""
@@ -108,12 +108,14 @@ class Arena:
         self.views = np.zeros((c.num_layers, size, ops.view_numbers([kv.view(0)]).shape[1]), np.int64)
         """Of each layer, for all rows: i64 [size, ..]."""
         self._ends = self.views[:, :, -c.num_kv_heads :]
+        self._numbers = [t.numpy() for t in (self.x, self.tok, self._turns, self.slots)]
+        """Of a pass, for all layers: the same memory, which is written more cheaply this way."""
         self._seats = [Seat()] * size
         self._memory = Memory()
         self._tapes: dict[tuple[int, int, int, int], Tape] = {}
         """By rows, threads and layers [first, end); the head is a layer more."""
-        self._logits: dict[tuple[int, int], Tensor] = {}
-        """What the head's tapes write, by rows and threads."""
+        self._logits: dict[int, Tensor] = {}
+        """What the head's tapes write, by rows: in memory that the next pass writes again."""
         self._rows: dict[int, AttnRows] = {}
         self._taker: weakref.ref[Any] | None = None
 
@@ -126,8 +128,8 @@ class Arena:
 
     def fill(self, rows: Sequence[tuple[RequestKV, int]]) -> None:
         """The numbers of a pass that begins, or that some have left: each row's K/V and ordinal."""
-        n, tok, turns, slots = len(rows), self.tok.numpy(), self._turns.numpy(), self.slots.numpy()
-        tok[n:], self.x.numpy()[n:] = 0, 0.0
+        x, tok, turns, slots = self._numbers
+        x[len(rows) :], tok[len(rows) :] = 0, 0
         for i, (kv, ordinal) in enumerate(rows):
             seat, (block, place) = self._seats[i], divmod(ordinal, BLOCK)
             if seat.table is not kv.table or seat.block != block:
@@ -136,6 +138,10 @@ class Arena:
             turns[:, :, i] = seat.turns[:, :, place]
             slots[:, i] = seat.slots + place
             self._ends[:, i] = ordinal + 1
+
+    def enter(self, x: Tensor) -> None:
+        """The rows that go through the layers, f32 [n, D]."""
+        self._numbers[0][: len(x)] = x.numpy()
 
     def rows(self, n: int) -> AttnRows:
         """The first n rows, one a request. Recorded calls point to what a backend keeps in its memo."""
@@ -166,8 +172,14 @@ class Arena:
             yield
         self._tapes[key] = tape
 
-    def tape(self, n: int, layer: int, end: int) -> Tape | None:
-        """Of these layers, joined from theirs when first asked for; None if one of them can't be replayed."""
+    def tapes(self, n: int, ends: Sequence[int]) -> list[Tape]:
+        """Of stretches of layers, by their ends, and of the head with the last; none if one can't be replayed."""
+        tapes = [self._tape(n, layer, end) for layer, end in zip((0, *ends), (*ends[:-1], len(self.views) + 1))]
+        whole = [tape for tape in tapes if tape is not None]
+        return whole if len(whole) == len(tapes) else []
+
+    def _tape(self, n: int, layer: int, end: int) -> Tape | None:
+        """Of these layers, joined from theirs when first asked for."""
         tapes, key = self._tapes, _key(n, layer, end)
         if key not in tapes:
             parts = [tapes.get(_key(n, a, a + 1)) for a in range(layer, end)]
@@ -180,14 +192,18 @@ class Arena:
         return tapes[key] if tapes[key].is_whole else None
 
     def head(self, n: int) -> Tensor:
-        """Logits of the first n rows, f32 [n, V], in memory that the next pass writes again."""
-        num_layers, key = len(self.views), (n, torch.get_num_threads())
-        if key in self._logits and (tape := self.tape(n, num_layers, num_layers + 1)) is not None:
+        """Logits of the first n rows, f32 [n, V], from the tape if there is one."""
+        top = len(self.views)
+        if (tape := self._tape(n, top, top + 1)) is not None:
             tape.run()
-            return self._logits[key]
-        with self.recording(n, num_layers):
-            self._logits[key] = self._model.head(self.x[:n])
-        return self._logits[key]
+        else:
+            with self.recording(n, top):
+                self._logits[n] = self._model.head(self.x[:n])
+        return self._logits[n]
+
+    def logits(self, n: int) -> Tensor:
+        """What a replayed head has given, f32 [n, V]."""
+        return self._logits[n]
 
 
 def _key(n: int, layer: int, end: int) -> tuple[int, int, int, int]:
@@ -206,12 +222,15 @@ class SteadyBatch(Batch):
         arena, members = self._arena, self.members
         x = torch.cat([m.x for m in members])  # a copy: they may be views of the arena
         arena.fill([(m.live.kv, m.segment.tok[0]) for m in members])
-        arena.x[: self.n] = x
+        arena.enter(x)
         for i, m in enumerate(members):
             m.lo, m.x = i, arena.x[i : i + 1]
         self.x, self.cos, self.sin = arena.x, arena.cos, arena.sin
         self.tok = self.pos = arena.tok[: self.n]
         self._scratch["attended"] = arena.attended
+
+    def head(self, model: Decoder) -> Tensor:
+        return self._arena.head(self.n)
 
     def recording(self, layer: int) -> contextlib.AbstractContextManager[None]:
         return self._arena.recording(self.n, layer)
@@ -230,7 +249,7 @@ class SteadyBatch(Batch):
 
 
 class SteadyPass(Work):
-    """A pass of plain decode rows, from the tapes of its layers, `step` of them between two stops.
+    """A pass of plain decode rows, from the tapes of stretches of its layers; between two of them it can wait.
 
     A row whose request is cancelled stays until the pass ends, and has no logits.
     """
@@ -241,33 +260,29 @@ class SteadyPass(Work):
         lives: Sequence[LiveRequest],
         arena: Arena,
         model: Decoder,
-        tapes: Sequence[Tape],
-        step: int,
+        tapes: Sequence[tuple[int, Tape]],
     ) -> None:
+        """`tapes`: each with the layer before which it ends."""
         super().__init__(unit, lives)
-        self._arena, self._model, self._tapes, self._step = arena, model, tapes, step
+        self._arena, self._model, self._tapes = arena, model, tapes
         arena.take(self)
 
     def run(self) -> Generator[Stop, None, None]:
         arena, ordinals = self._arena, [segment.tok[0] for segment in self.unit.segments]
         arena.fill([(live.kv, t) for live, t in zip(self.lives, ordinals)])
-        ids = torch.tensor([live.ids[t] for live, t in zip(self.lives, ordinals)])
-        arena.x[: len(ordinals)] = self._model.embed(ids)
-        *lower, top = self._tapes
-        for i, tape in enumerate(lower, 1):
-            tape.run()
-            yield Stop("layer", i * self._step - 1, "end")
-        top.run()
-        self._leave(ordinals)
-        yield Stop("layer", self._model.config.num_layers - 1, "end")
-
-    def _leave(self, ordinals: Sequence[int]) -> None:
-        """All rows are through; those of last tokens go through the head."""
+        ids = np.array([live.ids[t] for live, t in zip(self.lives, ordinals)])
+        arena.enter(self._model.embed(torch.from_numpy(ids)))
         num_layers = self._model.config.num_layers
-        for live, t in zip(self.lives, ordinals):
+        for end, tape in self._tapes:
+            tape.run()
+            if end == num_layers:
+                self._leave(ordinals, num_layers)
+            yield Stop("layer", end - 1, "end")
+
+    def _leave(self, ordinals: Sequence[int], num_layers: int) -> None:
+        """All rows are through, and so are those of last tokens through the head."""
+        for live, t, row in zip(self.lives, ordinals, self._arena.logits(len(ordinals)).unbind()):
             live.f = [t + 1] * num_layers
             live.kv.grow((0, num_layers), t + 1)
-        logits = self._arena.head(len(ordinals))
-        for live, t, row in zip(self.lives, ordinals, logits):
             if t == live.num_known - 1 and not live.cancelled:
                 self.logits[live.rid] = row

@@ -85,14 +85,14 @@ class _Watched:
         self.linears = linears
         self.seen: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, x: Tensor) -> Tensor:
+    def __call__(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
         square = x.float().square()
         self.seen[name] = (square / square.mean(-1, keepdim=True).clamp_min(1e-20)).mean(0)
-        made: Tensor = self.linears(name, x)
+        made: Tensor = self.linears(name, x, out)
         return made
 
-    def scaled(self, name: str, x: Tensor) -> tuple[Tensor, None]:
-        return self(name, x), None
+    def scaled(self, name: str, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, None]:
+        return self(name, x, out), None
 
     def head_rows(self, ids: Tensor) -> Tensor:
         rows: Tensor = self.linears.head_rows(ids)

@@ -171,10 +171,15 @@ class Decoder:
             k += self._centres[layer]
         return self._centred(layer, self.ops.rotate(k, cos.contiguous(), sin.contiguous()))
 
-    def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x f32 [n, D]; cos, sin [bases, n, d] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d]."""
+    def qkv(
+        self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x f32 [n, D]; cos, sin [bases, n, d] -> rotated q [n, Hq, d], rotated k [n, Hkv, d], v [n, Hkv, d].
+
+        They lie side by side, in `out` [n, (Hq + 2 Hkv) d] if that is given.
+        """
         c, table = self.config, self._table_of[layer]
-        heads, scale = self.linears.scaled(f"{layer}.qkv", self._add_norm(layer, "input_layernorm", "qkv", x))
+        heads, scale = self.linears.scaled(f"{layer}.qkv", self._add_norm(layer, "input_layernorm", "qkv", x), out)
         bias, has_norms = self._bias[layer], "self_attn.q_norm.weight" in self._gains[layer]
         if bias is not None or has_norms:
             heads, scale = self._finished(heads, scale), None

@@ -27,7 +27,8 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     row_ptr, before, tok, pos = rows.memo.get("numbers") or _numbers(rows)
     (q_row, q_head, one), (out_row, out_head, also_one), (_, heads, dim) = q.stride(), out.stride(), q.shape
     assert one == also_one == 1 and dim % 16 == 0
-    views = view_numbers(call.kv) if call.numbers is None else call.numbers
+    if call.numbers is None:
+        call.numbers = view_numbers(call.kv)
     numbers = np.array(
         [
             *(q.data_ptr(), q_row, q_head, out.data_ptr(), out_row, out_head, _address(call.lse)),
@@ -39,7 +40,7 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     plan = None if call.plan is None else _plan(call.plan)
     probe = None if call.probe is None else _probe(call.probe)
     how = (torch.get_num_threads(), q.dtype == torch.bfloat16, layout.is_int8)
-    seen = lib.attend(numbers, plan, probe, views.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, *how)
+    seen = lib.attend(numbers, plan, probe, call.numbers.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, *how)
     call.stats.dense += (before[r1] - before[r0]) * heads
     call.stats.visible += seen
 

@@ -39,14 +39,14 @@ class Blocks:
             parts |= {f"{number}.{name}": plane for name, plane in made.items()}
         return parts
 
-    def __call__(self, x: Tensor, wide: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None, wide: bool = False) -> Tensor:
         """x [n, I] -> [n, O] of x's type, float32 if `wide`."""
         assert lib is not None and x.stride(1) == 1
         n, (outputs, width) = len(x), self.shape
-        out = torch.empty(n, outputs, dtype=torch.float32 if wide else self.dtype)
+        out = torch.empty(n, outputs, dtype=torch.float32 if wide else self.dtype) if out is None else out
         first, how = out.data_ptr(), (torch.get_num_threads(), _KINDS[self.dtype], wide, 0, 0)
         for piece in self._pieces:
-            where = (x.data_ptr(), 0, first, x.stride(0), outputs, n, width, piece.outputs)
+            where = (x.data_ptr(), 0, first, x.stride(0), out.stride(0), n, width, piece.outputs)
             lib.matmul(*where, *how, piece.address)
             first += piece.outputs * out.itemsize
         return out

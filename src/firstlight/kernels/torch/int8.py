@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from firstlight.kernels.rows8 import ZERO_POINT, Rows8
-from firstlight.kernels.torch.ops import Parts, Product, join
+from firstlight.kernels.torch.ops import Parts, Product, join, placed
 
 _LEAST = 1e-12
 """Of a mean square: channels that are always zero don't count."""
@@ -72,14 +72,17 @@ class Int8Linears:
             self._ops.scale_rows(rows, scale)
         return rows
 
-    def scaled(self, name: str, x: Tensor | Rows8) -> tuple[Tensor, Tensor | None]:
-        """x [n, I] -> [n, O], and what its rows are still to be multiplied by, f32 [n]; None if by nothing."""
+    def scaled(self, name: str, x: Tensor | Rows8, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [n, I] -> [n, O], and what its rows are still to be multiplied by, f32 [n]; None if by nothing.
+
+        Into `out`, if that is given.
+        """
         if name not in self._packed:
             assert isinstance(x, Tensor)
-            plain: Tensor = self._plain(name, x)
+            plain: Tensor = self._plain(name, x, out)
             return plain, None
         values, scale = x if isinstance(x, Rows8) else self._ops.quantise(x, self._smooth[name])
-        return self._packed[name](values)[: len(scale)], scale
+        return self._packed[name](values, out)[: len(scale)], scale
 
     def logits(self, x: Tensor) -> Tensor:
         """x [n, I] -> the head's product f32 [n, O]."""
@@ -112,10 +115,10 @@ class OneDnn8:
         self._packed = torch.ops.onednn.qlinear_prepack(values, None)
         self._scale, self._zeros = scale.clone(), torch.zeros(len(values), dtype=torch.int32)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         operands = (x, 1.0, ZERO_POINT, self._packed, self._scale, self._zeros)
-        out: Tensor = torch.ops.onednn.qlinear_pointwise(*operands, None, 1.0, 0, torch.bfloat16, "none", [], "")
-        return out
+        made: Tensor = torch.ops.onednn.qlinear_pointwise(*operands, None, 1.0, 0, torch.bfloat16, "none", [], "")
+        return placed(made, out)
 
 
 def smoothing(weight: Tensor, spread: Tensor | None) -> Tensor:

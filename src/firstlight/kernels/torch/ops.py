@@ -120,18 +120,18 @@ class OneDnn:
         self.shape = tuple(w.shape)
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(w, _PACK_ROWS)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [n, I] -> [n, O]."""
-        return linear(x, self._packed)
+        return placed(linear(x, self._packed), out)
 
 
 class Product(Protocol):
-    """A linear that is ready to run: x [n, I] -> [n, O]."""
+    """A linear that is ready to run: x [n, I] -> [n, O], into `out` if that is given."""
 
     shape: tuple[int, ...]
     """O, I."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 Parts = dict[str, Tensor]
@@ -171,13 +171,13 @@ class PackedLinears:
             if name == "head":
                 self._head = parts["rows"].clone()  # packed weights can't be read, and the others' are let go
 
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        """x [n, I] -> [n, O]."""
-        return self._packed[name](x)
+    def __call__(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [n, I] -> [n, O], into `out` if that is given."""
+        return self._packed[name](x, out)
 
-    def scaled(self, name: str, x: Tensor) -> tuple[Tensor, None]:
+    def scaled(self, name: str, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, None]:
         """The same; nothing is left to be multiplied by."""
-        return self(name, x), None
+        return self(name, x, out), None
 
     def reads(self, name: str) -> None:
         """No linear reads 8 bits."""
@@ -200,6 +200,11 @@ class PackedLinears:
 
     def _revived(self, parts: Parts) -> Product:
         return OneDnn(parts["rows"])
+
+
+def placed(made: Tensor, out: Tensor | None) -> Tensor:
+    """A product's rows where they are wanted: for those that can't write there."""
+    return made if out is None else out.copy_(made[: len(out)])
 
 
 def join(weights: Sequence[Tensor]) -> Tensor:
