@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +26,7 @@ class Stop(NamedTuple):
     op: str
 
 
-class Work:
+class Work(ABC):
     """After `run` ended: `logits` of requests that sample, `cuts` that were taken. `lives` are the segments'."""
 
     def __init__(self, unit: WorkUnit, lives: Sequence[LiveRequest]) -> None:
@@ -38,5 +39,6 @@ class Work:
         """Nobody waits for this pass any more."""
         return all(live.cancelled for live in self.lives)
 
+    @abstractmethod
     def run(self) -> Generator[Stop, None, None]:
-        raise NotImplementedError
+        """From stop to stop; closing it is a cancellation."""
