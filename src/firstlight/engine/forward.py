@@ -170,8 +170,9 @@ class Pass(Work):
         """Logits of each one's last known row, for sampling: the head's weights are read once for all of them."""
         last = [m for m in done if len(m.tok) and int(m.tok[-1]) == m.live.num_known - 1]
         batch, model = self._batch, self.machine.model
-        if batch is not None and len(last) == batch.n:
-            self.logits |= {m.live.rid: row for m, row in zip(batch.members, batch.head(model))}
+        if batch is not None and len(last) == batch.n:  # all of its rows, as they lie
+            logits = batch.head(model)
+            self.logits |= {m.live.rid: logits[m.lo] for m in last}
         elif last:
             logits = model.head(torch.cat([m.x[-1:] for m in last]))
             self.logits |= {m.live.rid: row for m, row in zip(last, logits)}
