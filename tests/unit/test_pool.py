@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from firstlight.cache.pool import Pool
 from firstlight.cache.table import RequestKV
+from firstlight.cache.windows import Windows
 from firstlight.kernels.kv_layout import BLOCK
 
 seeds = st.integers(0, 10**6)
@@ -153,3 +154,18 @@ def test_reservations_are_used_before_anything_else(first: str) -> None:
             kv.write(layer, tok, tok, k, 2 * k)
     assert kv.missing((0, 2), 58) == 0 and kv.missing((0, 2), 59) == 4
     assert len(read(kv, 1, 1)) == 70
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_what_surely_has_its_place_lacks_no_block(windowed: bool) -> None:
+    """The quick answer, against the table's own count; it speaks for whole tables only."""
+    windows = Windows(70, np.ones((2, 1), bool)) if windowed else None
+    kv = RequestKV(Pool(40, D, torch.float32), 2, 1, windows)
+    sure = 0
+    for t in range(3 * BLOCK):
+        if kv.has_place(t):
+            sure += 1
+            assert kv.missing((0, 2), 1) == 0
+        kv.provide((0, 2), 1)
+        kv.grow((0, 2), t + 1)
+    assert sure == (0 if windowed else 3 * (BLOCK - 1))

@@ -32,6 +32,15 @@ PENALTIES = st.fixed_dictionaries(
         "logit_bias": st.dictionaries(st.integers(0, 29), st.sampled_from([-100.0, -1.5, 2.0]), max_size=4),
     }
 )
+WISHES: dict[str, Any] = {
+    "temperature": 0.5,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "logit_bias": {2: 1.0},
+    "min_tokens": 1,
+    "logprobs": 0,
+}
 
 
 def shares(**params: Any) -> list[float]:
@@ -129,6 +138,18 @@ def state(prompt: list[int], answer: list[int], rid: str = "r", **params: Any) -
     for token in answer:
         made.take(token)
     return made
+
+
+def test_who_wishes_for_nothing_is_greedy() -> None:
+    """Then all that is done is to look for the best token; any wish goes the long way."""
+
+    def is_greedy(**wish: Any) -> bool:
+        return Decoding(Request("r", [1], SamplingParams(**wish)), 0).is_greedy
+
+    assert is_greedy() and is_greedy(stop=["x"], max_tokens=3)
+    assert not any(is_greedy(**{key: value}) for key, value in WISHES.items())
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [1.0, 0.0, 1.0, 1.0]])
+    assert sampling.best(logits) == [1, 0], "the first of equal ones"
 
 
 @settings(max_examples=100)
