@@ -86,7 +86,8 @@ class Panels:
     def rows(self, ids: Tensor) -> Tensor:
         """ids i64 [..] -> these outputs' weights [.., I]."""
         at = ids.numpy()
-        words = np.ascontiguousarray(self._words[at // _PANEL, :, at % _PANEL])
+        words = np.empty((*at.shape, self._words.shape[1]), np.int32)  # no row has no strides, unless they are made
+        words[...] = self._words[at // _PANEL, :, at % _PANEL]
         rows = torch.from_numpy(words).view(self._panels.dtype)
         return rows[..., : self.width] if self._missing else rows
 
