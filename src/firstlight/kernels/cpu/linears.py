@@ -10,7 +10,6 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,9 +85,9 @@ class Panels:
     def rows(self, ids: Tensor) -> Tensor:
         """ids i64 [..] -> these outputs' weights [.., I]."""
         at = ids.numpy()
-        words = np.empty((*at.shape, self._words.shape[1]), np.int32)  # no row has no strides, unless they are made
-        words[...] = self._words[at // _PANEL, :, at % _PANEL]
-        rows = torch.from_numpy(words).view(self._panels.dtype)
+        words = torch.empty(*ids.shape, self._words.shape[1], dtype=torch.int32)
+        words.numpy()[...] = self._words[at // _PANEL, :, at % _PANEL]
+        rows = words.view(self._panels.dtype)
         return rows[..., : self.width] if self._missing else rows
 
 
