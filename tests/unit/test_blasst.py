@@ -43,7 +43,7 @@ def test_lambda_is_scale_over_the_length_of_the_prompt() -> None:
     short = bound(sparsity=0.9, scan="desc").plan(context(0, 10, 20))
     assert short is not None and float(short.skip_log[0, 0]) == pytest.approx(math.log(HIGHEST))  # type: ignore[index]
     assert short.scan == SCANS.index("desc")
-    assert bound(decode=False).plan(context(4000, 1, 4000)) is None
+    assert bound(decode=False).prompt_only and not bound().prompt_only
     assert bound(scale=8.0, found=None).threshold(1000, False) == pytest.approx(math.log(0.008))
 
 

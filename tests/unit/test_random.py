@@ -48,7 +48,6 @@ def test_dice_know_no_chunk_and_no_batch_but_seed_and_layer() -> None:
 def test_all_is_dense_and_so_are_short_prompts() -> None:
     assert Random(RandomConfig(1.0, B)).plan(context(Q, K, range(N))) is None
     assert Random(RandomConfig(0.2)).plan(context(Q, K, range(200), prompt_len=256)) is None
-    assert Random(RandomConfig(0.2, B)).plan(context(Q, K, [N - 1], prompt_len=N - 1)) is None
 
 
 def test_missing_rows_and_entries_do_no_harm() -> None:

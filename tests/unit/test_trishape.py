@@ -68,8 +68,6 @@ def test_dense_where_the_sizes_cover_the_prompt() -> None:
 
     assert plan(sink=0, window=N) is None and plan(sink=20, window=N - 20) is None and plan(window=8, tail=N) is None
     assert plan(sink=20, window=N - 21) is not None and plan(window=8, tail=N - 1) is not None
-    decode = context(Q, K, [N - 1], prompt_len=N - 1)
-    assert TriShape(TriShapeConfig(window=8)).plan(decode) is None
 
 
 def test_says_what_it_breaks() -> None:

@@ -61,7 +61,7 @@ class Blasst(Planner):
     capability = Capability(prefix_stable=False, calibration=True)
 
     def __init__(self, config: BlasstConfig) -> None:
-        self.config = config
+        self.config, self.prompt_only = config, not config.decode
         self._scale = dict.fromkeys(PHASES, config.scale or 0.0)
 
     def bind(self, model: ModelFacts, calibration: Calibration | None) -> None:
@@ -93,8 +93,6 @@ class Blasst(Planner):
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """All, with a threshold; None (dense) where there is none. The length is the prompt's, not the chunk's."""
-        if ctx.is_decode and not self.config.decode:
-            return None
         below = self.threshold(max(ctx.prompt_len, int(ctx.tok[-1]) + 1), ctx.is_decode)
         if below == -math.inf:
             return None

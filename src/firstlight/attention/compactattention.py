@@ -73,7 +73,7 @@ class CompactAttention(Planner):
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """None (dense) for rows before which no block is whole, and where every block is wanted."""
         config = self.config
-        if ctx.is_decode or ctx.place is None:
+        if ctx.place is None:
             return None
         grid = Grid(ctx, config.block, config.block)
         steering = (ctx.prompt_len - 1) // config.block + 1 - config.dense  # from this tile on rows are dense

@@ -7,6 +7,7 @@ the last rows look at are read by all. Either way as many as hold `gamma` of the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -83,19 +84,18 @@ class FlexPrefill(Planner):
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """None (dense) where the least budgets hold everything."""
         c = self.config
-        if ctx.place is None or ctx.is_decode or (c.gamma >= 1 and c.max_budget is None):
+        if ctx.place is None or (c.gamma >= 1 and c.max_budget is None):
             return None
         grid = Grid(ctx, c.block, c.block)
         if grid.num_blocks <= max(2, c.blocks(c.min_budget)):
             return None
-        means, rows = grid.mean_keys(), grid.pooled(ctx.q).transpose(0, 1)  # [Hkv, nb, D], [Hq, tiles, D]
-        last = ctx.q[-c.block :].float().mean(0)
-        group = len(rows) // ctx.num_kv_heads
-        of_groups = [
-            self._blocks(grid, seen, last[h * group : (h + 1) * group], rows[h * group : (h + 1) * group], means[h])
-            for h, seen in enumerate(probed(ctx, c.block))
-        ]
-        return grid.plan(blocks=torch.cat(of_groups))
+        means = grid.mean_keys()
+        last = ctx.q[-c.block :].float().mean(0).view(len(means), -1, means.shape[2])
+        of_groups = [self._read(grid, *of) for of in zip(probed(ctx, c.block), last, means)]
+        blocks, aware = (torch.cat(parts) for parts in zip(*of_groups))
+        for head, chosen in by_means(grid, means, aware.nonzero()[:, 0].tolist(), c.gamma):
+            blocks[head] |= chosen
+        return grid.plan(blocks=blocks)
 
     def operations(self, ctx: PlanContext) -> float:
         """The probe, and all means by all others."""
@@ -103,11 +103,10 @@ class FlexPrefill(Planner):
         pairs = (rows / self.config.block) * (int(ctx.tok[-1]) + 1) / self.config.block
         return probe_operations(ctx, self.config.block) + 2.0 * pairs * heads * dim
 
-    def _blocks(self, grid: Grid, seen: Tensor, last: Tensor, rows: Tensor, means: Tensor) -> Tensor:
-        """bool [G, tiles, nb] for the query heads of a KV head.
+    def _read(self, grid: Grid, seen: Tensor, last: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last rows say for the query heads of a KV head: bool [G, tiles, nb], and bool [G], who is aware.
 
-        seen f32 [G, m, n_kv] and last [G, D]: attention of the last rows, and their mean; rows [G, tiles, D]; means
-        [nb, D].
+        seen f32 [G, m, n_kv] and last [G, D]: attention of the last rows, and their mean; means [nb, D].
         """
         c, n = self.config, grid.num_entries
         columns = seen.mean(1)[:, :n]
@@ -119,10 +118,7 @@ class FlexPrefill(Planner):
             most(mass, torch.where(aware, c.blocks(c.min_budget), self._budget(each)))
             for mass, each in ((of_blocks, columns), (of_bands, distances))
         )
-        chosen = keys[:, None] | slashes(grid, bands, c.slash_cover == "both")
-        for head in aware.nonzero()[:, 0].tolist():
-            chosen[head] |= by_means(grid, rows[head], means, c.gamma)
-        return chosen
+        return keys[:, None] | slashes(grid, bands, c.slash_cover == "both"), aware
 
     def _budget(self, mass: Tensor) -> Tensor:
         """i64 [G]: of how many blocks the best columns or distances (mass f32 [G, n]) would be whole ones."""
@@ -153,7 +149,7 @@ def most(mass: Tensor, count: Tensor) -> Tensor:
     """bool [G, nb]: the count[g] best of each row, the first one always among them (it takes a place)."""
     mass = mass.clone()
     mass[:, 0] = torch.inf
-    return torch.stack([best(row, n) for row, n in zip(mass, count.tolist())])
+    return best(mass, count)
 
 
 def slashes(grid: Grid, bands: Tensor, both: bool) -> Tensor:
@@ -171,15 +167,17 @@ def slashes(grid: Grid, bands: Tensor, both: bool) -> Tensor:
     return opened
 
 
-def by_means(grid: Grid, rows: Tensor, means: Tensor, gamma: float) -> Tensor:
-    """bool [tiles, nb]: the best of all (tile, block) pairs of a head, together `gamma` of what all tiles read.
+def by_means(grid: Grid, means: Tensor, heads: Sequence[int], gamma: float) -> Iterator[tuple[int, Tensor]]:
+    """(head, bool [tiles, nb]): the best of all (tile, block) pairs of a head, together `gamma` of what all tiles read.
 
-    rows f32 [tiles, D], means [nb, D]. One budget for all: a tile that looks at one place needs few blocks.
+    Means f32 [Hkv, nb, D]. One budget for all: a tile that looks at one place needs few blocks.
     """
-    scores = (rows @ means.T * grid.ctx.scale).masked_fill(~grid.causal, -torch.inf)
-    weight = scores.softmax(-1).nan_to_num(0.0).flatten()  # an empty tile has none
-    order = weight.argsort(descending=True, stable=True)
-    enough = weight[order].double().cumsum(0) <= gamma * int((grid.rows > 0).sum())
-    chosen = torch.zeros(len(weight), dtype=torch.bool)
-    chosen[order[enough]] = True
-    return chosen.view(scores.shape)
+    group = grid.ctx.q.shape[1] // len(means)
+    for head, rows in zip(heads, grid.pooled(grid.ctx.q[:, heads]).unbind(1)):
+        scores = (rows @ means[head // group].T * grid.ctx.scale).masked_fill(~grid.causal, -torch.inf)
+        weight = scores.softmax(-1).nan_to_num(0.0).flatten()  # an empty tile has none
+        order = weight.argsort(descending=True, stable=True)
+        enough = weight[order].double().cumsum(0) <= gamma * int((grid.rows > 0).sum())
+        chosen = torch.zeros(len(weight), dtype=torch.bool)
+        chosen[order[enough]] = True
+        yield head, chosen.view(scores.shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from firstlight.core.attn import AttnPlan, PlanContext
+from firstlight.core.attn import DENSE, AttnPlan, PlanContext
 from firstlight.kernels.kv_layout import BLOCK
 
 
@@ -130,24 +130,31 @@ class Grid:
         )
 
     def _columns(self, columns: Tensor, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """CSR of columns bool [L, tiles or 1, n_kv]. A list's are few of all entries, and looked at alone."""
-        place = places(columns.any(1))
-        keep = place < self.end[:, None, None]  # [tiles, L, k]
-        at = place.clamp(max=columns.shape[2] - 1)
-        if columns.shape[1] > 1:
-            keep &= columns.transpose(0, 1).gather(2, at.expand(keep.shape))
-        if blocks is not None:
-            keep &= ~blocks.transpose(0, 1).gather(2, (at // self.blk).expand(keep.shape))
-        return pointers(keep), place.expand(keep.shape)[keep].to(torch.int32)
+        """CSR of columns bool [L, tiles or 1, n_kv]: of a block's in a list all are named or none, up to a tile's end.
+
+        So what is looked at are runs, one a block, and not columns, of which there may be many more.
+        """
+        below = pad(columns.cumsum(2), (1, 0))  # how many there are before each entry
+        begin = torch.arange(self.num_blocks) * self.blk
+        end = torch.minimum(begin + self.blk, self.end[:, None]).clamp(max=columns.shape[2]).maximum(begin)
+        wide = (len(columns), self.tiles, self.num_blocks)
+        upto = below[:, 0, end] if columns.shape[1] == 1 else below.gather(2, end.expand(wide))
+        first = below[:, :, begin].expand(wide)
+        count = upto - first if blocks is None else (upto - first).masked_fill_(blocks, 0)
+        sizes = below[..., -1].flatten()
+        first = first + (sizes.cumsum(0) - sizes).view(len(columns), -1, 1)
+        named = columns.flatten(0, 1).nonzero()[:, 1].to(torch.int32)
+        return _runs(named, first.transpose(0, 1), count.transpose(0, 1))
 
 
-def places(mask: Tensor) -> Tensor:
-    """i64 [rows, k]: the true places of bool [rows, n], ascending, and n where a row has no more."""
-    row, place = mask.nonzero().unbind(1)
-    count = mask.sum(1)
-    found = torch.full((len(mask), int(count.max())), mask.shape[1])
-    found[row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]] = place
-    return found
+def _runs(named: Tensor, first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """CSR (ptr, idx) with a row for each but the last dimension of first and count [..., n]: its runs one by one, of
+    each count many of `named`, from number `first` on."""
+    length = count.flatten()
+    ends = length.cumsum(0)
+    ptr = pad(ends.view(-1, count.shape[-1])[:, -1], (1, 0)).to(torch.int32)
+    shift = (first.flatten() - ends + length).to(torch.int32)
+    return ptr, named[shift.repeat_interleave(length) + torch.arange(int(ends[-1]), dtype=torch.int32)]
 
 
 def csr(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,3 +175,23 @@ def mask_of(ptr: Tensor | None, idx: Tensor | None, rows: int, width: int) -> Te
         there = idx < width
         mask[row[there], idx[there].long()] = True
     return mask
+
+
+def pairs(plan: AttnPlan, tok: Tensor) -> tuple[Tensor, Tensor]:
+    """f64 [Hq] each: the (row, key) pairs that a kernel takes in blocks and bands, and in single columns.
+
+    `tok`: the rows of a request. Blocks are taken whole, a row's own included; a window begins anywhere in one.
+    """
+    tile = plan.tile_map.long()[tok // plan.q_tile - int(plan.tile_first)]
+    row = tile[:, None] * plan.num_lists + plan.head_map
+    upto = (tok[:, None] // BLOCK + 1.0).double() * BLOCK
+    sink, window = plan.band.double().unbind(1)
+    near = _lengths(plan.blk_ptr, plan) * plan.blk + sink + torch.where(window > 0, window + BLOCK, 0.0)
+    near = torch.minimum(near.masked_fill(window == DENSE, torch.inf)[row], upto)
+    far = torch.minimum(_lengths(plan.col_ptr, plan)[row], upto - near)
+    return near.sum(0), far.sum(0)
+
+
+def _lengths(ptr: Tensor | None, plan: AttnPlan) -> Tensor:
+    """f64 [S L]: how many a plan's lists name."""
+    return torch.zeros(len(plan.band), dtype=torch.float64) if ptr is None else ptr.diff().double()

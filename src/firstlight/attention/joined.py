@@ -27,11 +27,19 @@ class ByHead(Planner):
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         heads = self.scoped.heads(ctx.layer)
         own, other = (replace(ctx, state=ctx.state.setdefault(name, {})) for name in ("scoped", "rest"))
-        plan = self.rest.plan(other)
-        return plan if heads is None else by_head(heads, self.scoped.plan(own), plan)
+        plan = _asked(self.rest, other)
+        return plan if heads is None else by_head(heads, _asked(self.scoped, own), plan)
 
     def operations(self, ctx: PlanContext) -> float:
         return float(self.scoped.operations(ctx)) + self.rest.operations(ctx)
+
+    def rehearse(self, ctx: PlanContext) -> float:
+        return self.rest.rehearse(ctx)
+
+
+def _asked(planner: Any, ctx: PlanContext) -> AttnPlan | None:
+    """One of two may leave generated tokens dense that the other plans."""
+    return None if planner.prompt_only and ctx.is_decode else planner.plan(ctx)
 
 
 def joined(planners: Sequence[Any]) -> Planner | None:

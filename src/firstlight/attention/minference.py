@@ -93,8 +93,8 @@ class MInference(Planner):
         }
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
-        """None (dense) for generated tokens, for the first 64, and where all heads would read everything."""
-        if ctx.place is None or ctx.is_decode:
+        """None (dense) for the first 64 tokens, and where all heads would read everything."""
+        if ctx.place is None:
             return None
         grid, patterns = Grid(ctx, BLOCK, BLOCK), self.patterns[ctx.layer]
         sizes = [p.counts(grid.num_entries, grid.num_blocks, self.config.budget) for p in patterns]
@@ -105,8 +105,9 @@ class MInference(Planner):
         columns = torch.zeros(len(patterns), grid.tiles if self.config.exact else 1, grid.num_entries, dtype=torch.bool)
         for head, chosen in clusters(grid, _of_kind(BLOCKS, patterns, sizes)):
             blocks[head] = chosen
-        for head, verticals, distances in lines(grid, _of_kind(LINES, patterns, sizes)):
-            blocks[head], columns[head] = lowered(grid, verticals, distances, self.config.exact)
+        if of_lines := _of_kind(LINES, patterns, sizes):
+            heads = list(of_lines)
+            blocks[heads], columns[heads] = lowered(grid, *lines(grid, of_lines), self.config.exact)
         return grid.plan(blocks, columns, band[:, None])
 
     def operations(self, ctx: PlanContext) -> float:
@@ -135,59 +136,56 @@ def clusters(grid: Grid, sizes: Sizes) -> Iterator[tuple[int, Tensor]]:
     """
     if not sizes:
         return
-    means, rows = grid.mean_keys(), grid.pooled(grid.ctx.q)
-    group = rows.shape[1] // len(means)
+    means, rows = grid.mean_keys(), grid.pooled(grid.ctx.q[:, list(sizes)])
+    group = grid.ctx.q.shape[1] // len(means)
     forced = grid.diagonal | (torch.arange(grid.num_blocks) == 0)
-    for head, (count, _) in sizes.items():
-        scores = rows[:, head] @ means[head // group].T
+    for row, (head, (count, _)) in zip(rows.unbind(1), sizes.items()):
+        scores = row @ means[head // group].T
         scores = scores.masked_fill(~grid.causal, -torch.inf).masked_fill_(forced, torch.inf)
         yield head, best(scores, count) | forced
 
 
-def lines(grid: Grid, sizes: Sizes) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(head, columns, distances), both bool [n_kv]: where the attention of the last rows lies."""
-    if not sizes:
-        return
+def lines(grid: Grid, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """(columns, distances), bool [h, n_kv] each, of some heads: where the attention of the last rows lies."""
     probing, n = torch.zeros(grid.ctx.q.shape[1], dtype=torch.bool), grid.num_entries
     probing[list(sizes)] = True
-    sums = (
-        of_head
-        for seen in probed(grid.ctx, LAST, probing)
-        for of_head in zip(seen.sum(1), by_distance(seen, grid.place[-LAST:]))
-    )
-    for (mass, apart), (head, (columns, diagonals)) in zip(sums, sizes.items()):
-        yield head, _most(mass[:n], columns, FIRST), _most(apart[:n], diagonals, NEAR)
+    sums = [(seen.sum(1), by_distance(seen, grid.place[-LAST:])) for seen in probed(grid.ctx, LAST, probing)]
+    mass, apart = (torch.cat(of_kind)[:, :n] for of_kind in zip(*sums))
+    columns, diagonals = torch.tensor(list(sizes.values())).unbind(1)
+    return _most(mass, columns, FIRST), _most(apart, diagonals, NEAR)
 
 
-def _most(mass: Tensor, count: int, forced: int) -> Tensor:
-    """bool [n]: the `count` places of most mass f32 [n]; the first `forced` go before all others."""
+def _most(mass: Tensor, count: Tensor, forced: int) -> Tensor:
+    """bool [h, n]: of each head the count[h] places of most mass f32 [h, n]; the first `forced` go before others."""
     mass = mass.clone()
-    mass[:forced] = torch.inf
+    mass[:, :forced] = torch.inf
     return best(mass, count)
 
 
 def lowered(grid: Grid, columns: Tensor, distances: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """Columns and distances, bool [n_kv] each, as blocks bool [tiles, nb] and columns bool [tiles or 1, n_kv].
+    """Columns and distances, bool [h, n_kv] each, as blocks bool [h, tiles, nb] and columns bool [h, tiles or 1, n_kv].
 
     A diagonal over a tile is as many entries as the tile has rows, seldom a block. `exact`: those entries; else every
     block that has some of them.
     """
+    columns = columns[:, None]
     if not exact:
-        return crossed(grid, distances, BLOCK), columns[None]
-    read = columns | crossed(grid, distances, 1)
+        return crossed(grid, distances, BLOCK), columns
+    read = torch.stack([crossed(grid, of_head, 1) for of_head in distances]) | columns  # one by one: they are large
     ahead = torch.arange(grid.num_entries) >= grid.end[:, None]
-    whole = pad(read | ahead, (0, -grid.num_entries % BLOCK), value=True).view(grid.tiles, -1, BLOCK).all(2)
-    return whole, read
+    whole = pad(read | ahead, (0, -grid.num_entries % BLOCK), value=True)
+    return whole.view(*read.shape[:2], -1, BLOCK).all(3), read
 
 
 def crossed(grid: Grid, distances: Tensor, size: int) -> Tensor:
-    """bool [tiles, blocks of `size` entries]: those that a diagonal at one of the distances, bool [n_kv], goes through.
+    """bool [.., tiles, blocks of `size` entries]: those that a diagonal at one of the distances, bool [.., n_kv], goes
+    through.
 
     Rows with own entries [a, e) and distance d read entries [a - d, e - d), so a block from x on is gone through by
     distances above a - x - size and below e - x.
     """
-    below = pad(distances.cumsum(0), (1, 0))  # how many there are below each distance
+    below = pad(distances.cumsum(-1), (1, 0))  # how many there are below each distance
     start = torch.arange(0, grid.num_entries, size)
-    most = len(distances)
+    most = distances.shape[-1]
     upto, beneath = grid.end[:, None] - start, grid.begin[:, None] - start - size + 1
-    return below[upto.clamp(0, most)] > below[beneath.clamp(0, most)]
+    return below[..., upto.clamp(0, most)] > below[..., beneath.clamp(0, most)]

@@ -62,9 +62,9 @@ class Oracle(Planner):
             self.capability = replace(self.capability, prefix_stable=False, chunk_invariant=False)
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
-        """None (dense) for generated tokens, and where a list holds the whole prompt."""
+        """None (dense) where a list holds the whole prompt."""
         c = self.config
-        if ctx.is_decode or ctx.place is None or ctx.prompt_len <= c.k:
+        if ctx.place is None or ctx.prompt_len <= c.k:
             return None
         grid = Grid(ctx, c.rows, BLOCK if c.block == 1 else c.block)
         chosen = [csr(self._chosen(grid, *strip)) for strip in _strips(ctx, grid, c.heads)]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from firstlight.core.attn import PlanContext
 
@@ -45,7 +46,8 @@ def probe_operations(ctx: PlanContext, last_n: int) -> float:
 
 def by_distance(seen: Tensor, place: Tensor) -> Tensor:
     """f32 [Hq, n_kv]: of `probe`'s rows the mass at each distance place - entry, summed over rows."""
-    sums = torch.zeros(seen.shape[0], seen.shape[2])
-    for row, own in zip(seen.unbind(1), place.tolist()):
-        sums[:, : own + 1] += row[:, : own + 1].flip(1)
-    return sums
+    own = place.tolist()
+    sums = torch.zeros(seen.shape[0], own[-1] + 1)  # of the last row in its order; of others, moved to end with it
+    for row, at in zip(seen.unbind(1), own):
+        sums[:, own[-1] - at :] += row[:, : at + 1]
+    return pad(sums.flip(1), (0, seen.shape[2] - sums.shape[1]))

@@ -66,7 +66,7 @@ class Quoka(Planner):
         The block that the chunk begins in counts as the chunk's: all its tokens are read.
         """
         config = self.config
-        if ctx.is_decode or ctx.place is None or len(ctx.tok) < 2:
+        if ctx.place is None or len(ctx.tok) < 2:
             return None
         before, entries = int(ctx.place[0]) // BLOCK * BLOCK, int(ctx.place[-1]) + 1
         if before <= config.budget:

@@ -58,9 +58,9 @@ class Random(Planner):
         self.config = config
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
-        """None (dense) for generated tokens, and where first and last blocks hold the whole prompt."""
+        """None (dense) where first and last blocks hold the whole prompt."""
         c = self.config
-        if ctx.is_decode or ctx.place is None or c.density == 1 or ctx.prompt_len <= _FORCED * c.block:
+        if ctx.place is None or c.density == 1 or ctx.prompt_len <= _FORCED * c.block:
             return None
         grid = Grid(ctx, c.block, c.block)
         tile, block = torch.arange(grid.first, grid.first + grid.tiles), torch.arange(grid.first + grid.tiles)

@@ -72,8 +72,6 @@ class TriShape(Planner):
             self.capability = replace(self.capability, prefix_stable=True)
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
-        if ctx.is_decode:
-            return None
         return self._by_row(ctx) if self.config.mode == "strict" else self._by_chunk(ctx)
 
     def _by_row(self, ctx: PlanContext) -> AttnPlan | None:

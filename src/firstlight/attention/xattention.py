@@ -29,8 +29,6 @@ TAU = 0.9
 BLOCKS = (16, 32, 64, 128, 256)
 _CELLS = 256
 """Rows of cells that are scored at a time."""
-_RATE = 6.0
-"""So many times a probe's, by which the cost guard reckons, is the rate of products as large as these (6 to 8)."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ class XAttention(Planner):
         return torch.full((num_heads,), TAU if self.config.tau is None else self.config.tau)
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
-        """None (dense) for generated tokens, and where every block is read anyway."""
+        """None (dense) where every block is read anyway."""
         tau = self.tau(ctx.layer, ctx.q.shape[1])
-        if ctx.is_decode or ctx.place is None or float(tau.min()) >= 1:
+        if ctx.place is None or float(tau.min()) >= 1:
             return None
         grid = Grid(ctx, self.config.block, self.config.block)
         forced = grid.diagonal | (grid.causal & (torch.arange(grid.num_blocks) == 0))
@@ -103,9 +101,14 @@ class XAttention(Planner):
         return grid.plan(blocks=cover(mass, forced, tau) & grid.causal)
 
     def operations(self, ctx: PlanContext) -> float:
-        """Those of `block_mass`, which sees nothing behind a tile's own block, as the probe's that take as long."""
+        """Those of `block_mass`, which sees nothing behind a tile's own block."""
         pairs = float((ctx.tok + self.config.block).sum()) / self.config.stride
-        return 2.0 * pairs * ctx.q.shape[1] * ctx.q.shape[2] / _RATE
+        return 2.0 * pairs * ctx.q.shape[1] * ctx.q.shape[2]
+
+    def rehearse(self, ctx: PlanContext) -> float:
+        """Products as large as these are faster than a probe's."""
+        block_mass(ctx, Grid(ctx, self.config.block, self.config.block), self.config.stride, self.config.alternating)
+        return self.operations(ctx)
 
 
 def block_mass(ctx: PlanContext, grid: Grid, stride: int, alternating: bool = False) -> Tensor:

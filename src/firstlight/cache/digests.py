@@ -19,7 +19,10 @@ from firstlight.kernels.kv_layout import BLOCK
 
 def _mean_k(keys: Tensor, count: Tensor) -> Tensor:
     """f32 [n, D]: the mean of the entries that are there."""
-    return _masked(keys, count).sum(1) / count[:, None]
+    sums = keys.float().sum(1)
+    partial = (count < BLOCK).nonzero()[:, 0]
+    sums[partial] = _masked(keys[partial], count[partial]).sum(1)
+    return sums / count[:, None]
 
 
 def _unit_k(keys: Tensor, count: Tensor) -> Tensor:

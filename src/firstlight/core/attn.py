@@ -107,7 +107,7 @@ class Planner(Bound):
     """The attention/ part of a method: which keys a row reads."""
 
     prompt_only: bool = False
-    """Generated tokens stay dense: `plan` says None for them, and needn't be asked."""
+    """Generated tokens stay dense: `plan` is asked about rows of the prompt alone."""
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """A plan for this one request (B = 1), or None for dense."""
@@ -115,4 +115,11 @@ class Planner(Bound):
 
     def operations(self, ctx: PlanContext) -> float:
         """Multiplications and additions that `plan` will spend on this: what the cost guard reckons with."""
+        return 0.0
+
+    def rehearse(self, ctx: PlanContext) -> float:
+        """Do what takes most of `plan`'s time, and say how many `operations` that was: the guard takes the time of one.
+
+        0 = nothing was done: one takes what it does in attention/probe.py.
+        """
         return 0.0

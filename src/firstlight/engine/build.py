@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from firstlight.attention.joined import joined
 from firstlight.cache.digests import Digests
 from firstlight.cache.pool import Pool
 from firstlight.core.config import Options, as_method, int8_parts
@@ -61,8 +62,11 @@ def build_engine(
     total = num_blocks(options, max_len, column, block_nbytes, BLOCK)
     pool = Pool(total, config.head_dim, model.dtype, layout)
     names = {name for part in parts for name in part.capability.digests}
-    looks = any(part.seam == "attention" and part.capability.looks for part in parts)
-    costs = measure_costs(ops, config, model.dtype, layout) if looks and not options.deterministic else None
+    planners = [part for part in parts if part.seam == "attention"]
+    planner, looks = joined([part.impl for part in planners]), any(part.capability.looks for part in planners)
+    costs = None
+    if planner is not None and looks and not options.deterministic:
+        costs = measure_costs(ops, config, planner, model.dtype, layout)
     planning = Planning(Digests(pool, sorted(names)), costs)
     method = as_method(options.schedule)
     view_config = ViewConfig(

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from firstlight.attention.grid import Grid
+from firstlight.attention.grid import Grid, pairs
 from firstlight.attention.probe import probe, probe_operations
-from firstlight.core.attn import DENSE, AttnPlan, PlanContext
+from firstlight.core.attn import AttnPlan, PlanContext, Planner
 from firstlight.kernels.contract import AttnCall, AttnRows, KVView
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
 from firstlight.models.config import ModelConfig
@@ -42,26 +41,13 @@ class Costs:
 
     def of(self, plan: AttnPlan, ctx: PlanContext) -> float:
         """Of attention under a plan, predicted."""
-        lists, tile = plan.num_lists, ctx.tok // plan.q_tile - int(plan.tile_first)
-        rows = torch.bincount(tile, minlength=len(plan.tile_map)).double()[:, None]
-        before = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, tile, (ctx.tok + 1).double())[:, None]
-        heads = torch.bincount(plan.head_map.long(), minlength=lists).double()
-        sink, window = plan.band.double().view(-1, lists, 2)[plan.tile_map.long()].unbind(-1)
-        blocks, columns = (_counts(ptr, lists, plan.tile_map) for ptr in (plan.blk_ptr, plan.col_ptr))
-        near = rows * (blocks * plan.blk + sink + torch.where(window > 0, window + BLOCK, 0.0))
-        near = torch.where(window == DENSE, before, torch.minimum(near, before))
-        far = torch.where(window == DENSE, 0.0, torch.minimum(rows * columns, before))
-        return float(((self.block * near + self.column * far) * heads).sum())
+        near, far = pairs(plan, ctx.tok)
+        return float(self.block * near.sum() + self.column * far.sum())
 
 
-def _counts(ptr: Tensor | None, lists: int, tile_map: Tensor) -> Tensor:
-    """f64 [tiles, L]: how many entries each tile's lists have."""
-    if ptr is None:
-        return torch.zeros(len(tile_map), lists, dtype=torch.float64)
-    return (ptr[1:] - ptr[:-1]).double().view(-1, lists)[tile_map.long()]
-
-
-def measure(ops: ModuleType, config: ModelConfig, dtype: torch.dtype, layout: type[KVLayout] = KVLayout) -> Costs:
+def measure(
+    ops: ModuleType, config: ModelConfig, planner: Planner, dtype: torch.dtype, layout: type[KVLayout] = KVLayout
+) -> Costs:
     """On some keys of the model's shape, with torch's present threads."""
     ctx, call = _sample(config, dtype, layout)
     grid, generator = Grid(ctx, _Q_TILE, BLOCK), torch.Generator().manual_seed(0)
@@ -77,8 +63,15 @@ def measure(ops: ModuleType, config: ModelConfig, dtype: torch.dtype, layout: ty
         dense=attend(None) / pairs,
         block=attend(grid.plan(blocks=some)) / (float((some & grid.causal).sum()) * BLOCK * _Q_TILE),
         column=attend(grid.plan(columns=few)) / (float(few.sum()) * _Q_TILE),
-        operation=_seconds(lambda: probe(ctx, BLOCK)) / probe_operations(ctx, BLOCK),
+        operation=_operation(planner, ctx),
     )
+
+
+def _operation(planner: Planner, ctx: PlanContext) -> float:
+    """Seconds of one: of the planner's own rehearsal, else of a probe's."""
+    if count := planner.rehearse(ctx):
+        return _seconds(lambda: planner.rehearse(ctx)) / count
+    return _seconds(lambda: probe(ctx, BLOCK)) / probe_operations(ctx, BLOCK)
 
 
 def _sample(config: ModelConfig, dtype: torch.dtype, kind: type[KVLayout]) -> tuple[PlanContext, AttnCall]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlight.cache.table import blocks_for
+from firstlight.core.attn import AttnPlan, PlanContext
 from firstlight.core.errors import UserError
 from firstlight.core.registry import make_schedule
 from firstlight.engine.engine import Engine
@@ -67,6 +68,7 @@ def checks() -> dict[str, Check]:
         "blocks given back aren't read": _poisoned,
         "the prefix cache changes nothing": _cached,
         "one that raises falls back to dense": _raises,
+        "generated tokens stay dense": _prompt_only,
     }
 
 
@@ -225,6 +227,17 @@ def _raises(subject: Subject) -> str | None:
     return None if seen else "no hook of it is called in these requests"
 
 
+def _prompt_only(subject: Subject) -> str | None:
+    """Planners that leave generated tokens alone aren't asked about them, whoever plans beside them."""
+    engine, prompts = subject.acting().engine(), some_prompts(9, (130,))
+    planners = [p.impl for p in engine.parts if p.seam == "attention" and p.impl.prompt_only]
+    asked = [_Asked(planner) for planner in planners]
+    answers(engine, prompts)
+    if any(max(one.last, default=0) >= len(prompts["r0"]) for one in asked):
+        raise Broken("a planner of prompts is asked what generated tokens read")
+    return None if asked else "no planner leaves generated tokens alone"
+
+
 # --- what they look at ------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +279,19 @@ def _hooks(part: Any) -> Iterator[str]:
     for name in _HOOKS:
         if callable(getattr(part, name, None)):
             yield name
+
+
+class _Asked:
+    """Notes the last ordinals that a planner is asked about."""
+
+    def __init__(self, planner: Any) -> None:
+        self.last: list[int] = []
+        self._real, planner.plan = planner.plan, self
+
+    def __call__(self, ctx: PlanContext) -> AttnPlan | None:
+        self.last.append(int(ctx.tok[-1]))
+        plan: AttnPlan | None = self._real(ctx)
+        return plan
 
 
 class _Thrower:

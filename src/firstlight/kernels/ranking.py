@@ -5,16 +5,26 @@ Scores are float32 and ties go to the lower index, so that every schedule choose
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 
-def best(score: Tensor, count: int) -> Tensor:
-    """bool [.., n]: exactly `count` (0 to n) of the last axis, the highest scores of f32 [.., n]."""
-    if count <= 0 or count >= score.shape[-1]:
-        return torch.full(score.shape, count > 0)
-    least = score.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+def best(score: Tensor, count: int | Tensor) -> Tensor:
+    """bool [.., n]: exactly `count` of the last axis, the highest scores of f32 [.., n]; i64 [..]: of each row its own.
+
+    A count below 0 is 0, above n it is n.
+    """
+    n = score.shape[-1]
+    if isinstance(count, int):
+        if count <= 0 or count >= n:
+            return torch.full(score.shape, count > 0)
+        least = torch.from_numpy(np.partition(score.numpy(), n - count, axis=-1)[..., n - count, None])
+    else:
+        count = count[..., None]
+        ranked = torch.from_numpy(np.sort(score.numpy(), axis=-1))
+        least = ranked.gather(-1, (n - count).clamp(0, n - 1))
     above, level = score > least, score == least
     return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firstlight.attention.grid import pairs
 from firstlight.attention.minference import MInference, MInferenceConfig
 from firstlight.attention.patterns import BAND, BLOCKS, KINDS, LINES, Pattern
 from firstlight.cache.digests import digest_of
-from firstlight.core.attn import DENSE, AttnPlan, PlanContext
+from firstlight.core.attn import AttnPlan, PlanContext
 from firstlight.core.errors import UserError
 from firstlight.kernels.contract import AttnCall, AttnRows, KVView
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
@@ -137,7 +138,8 @@ class Layer:
         plan, tok = self._plan(patterns), self._ctx.tok
         if plan is None:
             return torch.full((len(patterns),), float((tok + 1).sum()), dtype=torch.float64)
-        return pairs(plan, tok)
+        blocks, columns = pairs(plan, tok)
+        return blocks + columns
 
     def _scaled(self, candidate: Pattern, most: Tensor) -> list[Pattern]:
         """For each head the candidate as large as it may be at a cost of f64 [Hq]; the first one as it is."""
@@ -172,16 +174,3 @@ class Layer:
 def times(pattern: Pattern, scale: float) -> Pattern:
     """So many times as much, shares remaining shares."""
     return Pattern(pattern.kind, min(scale * pattern.first, 1.0), min(scale * pattern.second, 1.0))
-
-
-def pairs(plan: AttnPlan, tok: Tensor) -> Tensor:
-    """f64 [Hq]: (row, key) pairs of blocks, columns and bands that rows `tok` of a request take, for each head."""
-    tile, lists = tok // plan.q_tile - int(plan.tile_first), plan.num_lists
-    rows = plan.tile_map.long()[tile][:, None] * lists + plan.head_map.long()
-    keys = torch.zeros(len(plan.band), dtype=torch.float64)
-    for ptr, size in ((plan.blk_ptr, plan.blk), (plan.col_ptr, 1)):
-        if ptr is not None:
-            keys += (ptr[1:] - ptr[:-1]) * size
-    sink, window = plan.band.double().unbind(1)
-    keys = torch.where(window == DENSE, torch.inf, keys + sink + torch.where(window > 0, window + BLOCK, 0))
-    return torch.minimum(keys[rows], (tok[:, None] // BLOCK + 1.0) * BLOCK).sum(0)
