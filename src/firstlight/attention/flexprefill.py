@@ -108,9 +108,9 @@ class FlexPrefill(Planner):
 
         seen f32 [G, m, n_kv] and last [G, D]: attention of the last rows, and their mean; means [nb, D].
         """
-        c, n = self.config, grid.num_entries
-        columns = seen.mean(1)[:, :n]
-        distances = by_distance(seen, grid.place[-seen.shape[1] :])[:, :n] / seen.shape[1]
+        c = self.config
+        columns = seen.mean(1)
+        distances = by_distance(seen, grid.place[-seen.shape[1] :]) / seen.shape[1]
         of_blocks, of_bands = in_blocks(columns, c.block), in_blocks(distances, c.block)
         foretold = (last @ means.T * grid.ctx.scale).softmax(-1)
         aware = divergence(foretold, of_blocks) < c.tau

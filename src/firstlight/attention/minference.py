@@ -147,10 +147,10 @@ def clusters(grid: Grid, sizes: Sizes) -> Iterator[tuple[int, Tensor]]:
 
 def lines(grid: Grid, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """(columns, distances), bool [h, n_kv] each, of some heads: where the attention of the last rows lies."""
-    probing, n = torch.zeros(grid.ctx.q.shape[1], dtype=torch.bool), grid.num_entries
+    probing = torch.zeros(grid.ctx.q.shape[1], dtype=torch.bool)
     probing[list(sizes)] = True
     sums = [(seen.sum(1), by_distance(seen, grid.place[-LAST:])) for seen in probed(grid.ctx, LAST, probing)]
-    mass, apart = (torch.cat(of_kind)[:, :n] for of_kind in zip(*sums))
+    mass, apart = map(torch.cat, zip(*sums))
     columns, diagonals = torch.tensor(list(sizes.values())).unbind(1)
     return _most(mass, columns, FIRST), _most(apart, diagonals, NEAR)
 

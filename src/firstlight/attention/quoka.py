@@ -104,10 +104,9 @@ def judges(ctx: PlanContext, count: int) -> Tensor:
 def token_scores(ctx: PlanContext, judging: Tensor, count: int) -> Tensor:
     """f32 [Hkv, count]: of each of the first entries the highest cosine that a judge gives it."""
     assert ctx.digest is not None
-    length = ctx.digest("unit_k").flatten(1)[:, :count]
-    products = judging @ ctx.keys()[:, :count].float().transpose(1, 2)
-    scores: Tensor = products * length[:, None]
-    return scores.amax(1)
+    best_of = torch.stack([ctx.by_keys(head, rows, count).amax(0) for head, rows in enumerate(judging)])
+    scores: Tensor = best_of * ctx.digest("unit_k").flatten(1)[:, :count]
+    return scores
 
 
 def _shared(ctx: PlanContext, blocks: Tensor, columns: Tensor) -> AttnPlan:

@@ -19,6 +19,8 @@ from firstlight.kernels.rows8 import ZERO_POINT
 from firstlight.kernels.torch.quantise import rounded, turned_back
 
 BLOCK = 64
+_PARTS = 3
+"""Numbers of bf16 that a float32 is the sum of."""
 _LEAST_SCALE = 2.0**-60
 """Of an entry of V, whose logarithm is kept."""
 
@@ -95,6 +97,27 @@ class KVLayout:
         words = self.k.view(torch.int32).squeeze(-1).index_select(0, table.reshape(-1)).transpose(1, 2)
         words = words.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves no blocks at all as they are
         return words.view(self.dtype).view(table.shape[0], table.shape[1] * BLOCK, self.head_dim)
+
+    def product(self, rows: Tensor, table: Tensor, count: int) -> Tensor:
+        """f32 [m, count]: rows f32 [m, D] by the first keys of one head's blocks i32 [nb], in float32's precision.
+
+        K lies as weights do (csrc/matmul.h): blocks are panels. Rows are summed of such as the blocks' type holds.
+        """
+        table = table[: -(-count // BLOCK)]
+        if lib is None or self.is_int8:
+            return rows @ self.read_keys(table[None])[0, :count].float().T
+        parts = [rows.to(self.dtype)]
+        while len(parts) < _PARTS and bool((rest := rows - sum(part.float() for part in parts)).any()):
+            parts.append(rest.to(self.dtype))
+        made = self._product(torch.cat(parts), self.k.index_select(0, table), count)
+        return made if len(parts) == 1 else made.view(len(parts), -1, count).sum(0)
+
+    def _product(self, rows: Tensor, panels: Tensor, count: int) -> Tensor:
+        assert lib is not None
+        out = torch.empty(len(rows), count)
+        where = (rows.data_ptr(), panels.data_ptr(), out.data_ptr(), rows.stride(0), count, *rows.shape, count)
+        lib.matmul(*where, torch.get_num_threads(), int(self.dtype == torch.bfloat16), True, 0, 0, 0)
+        return out
 
     def seen(self, q: Tensor) -> Tensor:
         """Queries [.., D] as scores see them."""
