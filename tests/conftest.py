@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 from hypothesis import settings
 
 from firstlight.core.settings import OTHER_VARIABLES, PREFIX
@@ -40,6 +41,15 @@ def smollm2_path() -> Path:
     if path is None:
         pytest.skip("the real model is not here: run `firstlight models pull smollm2`, or set FIRSTLIGHT_MODELS")
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For files whose tensors are small: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -40,6 +40,13 @@ def some(seed: int, lo: int, hi: int, strength: float = 2.0) -> PlanContext:
     return context(q, keys, torch.arange(lo, hi))
 
 
+def planted(column: int | None = None, distance: int | None = None, n: int = 640) -> PlanContext:
+    """All rows look at one key, or each at the one so far before it; a code for every place makes them tell it."""
+    places = torch.nn.functional.normalize(torch.randn(n, DIM, generator=torch.Generator().manual_seed(1)), dim=1)
+    at = torch.full((n,), column) if column is not None else (torch.arange(n) - (distance or 0)).clamp(min=0)
+    return context((places[at] * 400)[:, None].expand(-1, HEADS, -1), places.expand(KV_HEADS, -1, -1), torch.arange(n))
+
+
 def seen(plan: AttnPlan | None, ctx: PlanContext) -> Tensor:
     """bool [n, Hq, N]: what each row of each head reads, as `core/attn.py` defines it; positions are ordinals here."""
     assert ctx.place is not None

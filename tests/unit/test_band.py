@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -15,41 +14,28 @@ from firstlight.attention.band import Q_TILE, Band, BandConfig
 from firstlight.core.attn import AttnPlan, PlanContext
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Method, classes, make_parts
-from firstlight.kernels.contract import AttnCall, AttnRows, KVView
-from firstlight.kernels.kv_layout import BLOCK, KVLayout
-from firstlight.kernels.reference.attention import visible_mask
+from tests import plans
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, KV_HEADS = 4, 2
 sizes = {"sink": st.integers(0, 200), "window": st.integers(1, 300)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The masks are small: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def unread() -> torch.Tensor:
     raise AssertionError("band looks at no key")
 
 
+def context(tok: torch.Tensor, prompt_len: int = 700) -> PlanContext:
+    return PlanContext(0, torch.zeros(len(tok), HEADS, 8), tok, tok, KV_HEADS, prompt_len, True, unread, {})
+
+
 def plan(config: BandConfig, tok: torch.Tensor, prompt_len: int = 700) -> AttnPlan | None:
-    q = torch.zeros(len(tok), HEADS, 8)
-    return Band(config).plan(PlanContext(0, q, tok, tok, KV_HEADS, prompt_len, True, unread, {}))
+    return Band(config).plan(context(tok, prompt_len))
 
 
 def seen(config: BandConfig, lo: int, hi: int) -> torch.Tensor:
     """What rows [lo, hi) of a prompt see: bool [hi - lo, HEADS, hi]."""
-    tok = torch.arange(lo, hi)
-    q = torch.zeros(hi - lo, HEADS, 8)
-    table = torch.zeros(KV_HEADS, -(-hi // BLOCK), dtype=torch.int32)
-    rows = AttnRows([0, hi - lo], tok, tok, [False])
-    view = KVView(table, [hi] * KV_HEADS)
-    call = AttnCall(q, rows, KVLayout(1, 8, q.dtype), [view], q, 1.0, plan(config, tok))
-    return torch.cat([visible_mask(call, 0, h, 0, hi - lo) for h in range(KV_HEADS)], 1)
+    return plans.seen(plan(config, torch.arange(lo, hi)), context(torch.arange(lo, hi)))
 
 
 @settings(max_examples=25)

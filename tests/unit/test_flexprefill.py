@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,18 +15,11 @@ from firstlight.attention.flexprefill import FlexPrefill, FlexPrefillConfig, div
 from firstlight.core.attn import PlanContext
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Method, classes, make_parts
-from tests.unit.planted import DIM, GROUP, HEADS, KV_HEADS, context, density, seen, some
+from tests.unit.planted import DIM, GROUP, HEADS, KV_HEADS, context, density, planted, seen, some
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 B = 64
 SMALL = FlexPrefillConfig(gamma=0.6, min_budget=64, block=B)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def by_the_card(ctx: PlanContext, c: FlexPrefillConfig) -> dict[tuple[int, int], set[int]]:
@@ -103,15 +95,6 @@ def test_it_is_the_card(seed: int, lo: int, rows: int, tau: float, cover: str, b
         for b in blocks:
             want[ctx.tok // block == r, h, b * block : (b + 1) * block] = True
     assert mask.equal(want & seen(None, ctx))
-
-
-def planted(column: int | None = None, distance: int | None = None, n: int = 640) -> PlanContext:
-    """All rows look at one key, or each at the one so far before it; a code for every place makes them tell it."""
-    places = torch.nn.functional.normalize(torch.randn(n, DIM, generator=torch.Generator().manual_seed(1)), dim=1)
-    row = torch.arange(n)
-    at = torch.full((n,), column) if column is not None else (row - (distance or 0)).clamp(min=0)
-    q = (places[at] * 400)[:, None].expand(-1, HEADS, -1)
-    return context(q, places.expand(KV_HEADS, -1, -1), row)
 
 
 def blocks_read(mask: Tensor, row: int) -> list[int]:

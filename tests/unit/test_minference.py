@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,18 +24,11 @@ from firstlight.core.registry import Method, make_parts
 from firstlight.train.calibrating import Notebook, Tell
 from firstlight.train.minference import CANDIDATES, Config, Layer, search, winners
 from tests.tiny import tiny_model
-from tests.unit.planted import DIM, GROUP, HEADS, KV_HEADS, context, density, seen, some
+from tests.unit.planted import DIM, GROUP, HEADS, KV_HEADS, context, density, planted, seen, some
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 B = 64
 FACTS = ModelFacts("a" * 64, 1, HEADS, KV_HEADS, DIM, (None,))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def planner(*heads: Pattern, **given: float) -> MInference:
@@ -131,13 +123,6 @@ def test_kinds_side_by_side_and_shares_of_what_is_there() -> None:
     assert mask[639, 2].sum() == 3 * B and mask[:, 3].equal(key <= row)
     alone = planner(Pattern(LINES, 40, 60)).plan(ctx)
     assert mask[:, 0].equal(seen(alone, ctx)[:, 0]) and mask[:, 4].equal(seen(alone, ctx)[:, 4])
-
-
-def planted(column: int | None = None, distance: int | None = None, n: int = 640) -> PlanContext:
-    """All rows look at one key, or at the one so far before them."""
-    places = torch.nn.functional.normalize(torch.randn(n, DIM, generator=torch.Generator().manual_seed(1)), dim=1)
-    at = torch.full((n,), column) if column is not None else (torch.arange(n) - (distance or 0)).clamp(min=0)
-    return context((places[at] * 400)[:, None].expand(-1, HEADS, -1), places.expand(KV_HEADS, -1, -1), torch.arange(n))
 
 
 def test_a_planted_column_and_a_planted_diagonal_are_found_with_room_for_one_each() -> None:

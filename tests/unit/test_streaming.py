@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from firstlight.kernels.contract import AttnCall, AttnRows, KVView
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
 from firstlight.kernels.reference.attention import visible_mask
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
 MODEL = ModelFacts("a" * 64, LAYERS, HEADS, KV_HEADS, 8, (None,) * LAYERS)
 GATES = [[0.9, 0.1], [0.8, 0.7], [0.0, 0.2]]
@@ -32,15 +32,6 @@ GATES = [[0.9, 0.1], [0.8, 0.7], [0.0, 0.2]]
 
 def calibration(gates: object = GATES) -> Calibration:
     return Calibration("duoattention", MODEL.digest, {}, {}, {"gates": gates}, "file")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The masks are small: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def unread() -> torch.Tensor:

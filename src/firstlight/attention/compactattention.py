@@ -110,15 +110,18 @@ def wanted(grid: Grid, means: Tensor, alpha: float) -> Tensor:
     """
     ctx, q_tile = grid.ctx, grid.q_tile
     slot = grid.tile * q_tile + ctx.tok % q_tile  # tiles with all their places, rows or not
-    q = torch.zeros(grid.tiles * q_tile, *ctx.q.shape[1:])
-    place = torch.full((grid.tiles * q_tile, 1), -1)
-    q[slot], place[slot, 0] = ctx.q.float() * ctx.scale, grid.place
-    unread = ((torch.arange(grid.num_blocks) + 1) * grid.blk - 1 > place).view(grid.tiles, q_tile, 1, -1)
+    place = torch.full((grid.tiles * q_tile, 1), -1).index_copy_(0, slot, grid.place[:, None])
+    known = int(grid.place[0] + 1) // grid.blk  # blocks that end before all rows
+    unread = (torch.arange(known, grid.num_blocks) + 1) * grid.blk - 1 > place
     kept = []
-    for rows, mean in zip(q.view(len(q), len(means), -1, q.shape[-1]).unbind(1), means):
-        scores = (rows.reshape(-1, rows.shape[-1]) @ mean.T).view(grid.tiles, q_tile, rows.shape[1], -1)
-        scores = scores.masked_fill_(unread, -torch.inf)
-        highest = scores.amax((1, 3), keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    for rows, mean in zip(ctx.q.chunk(len(means), 1), means):
+        scores = rows.float().flatten(0, 1) @ (mean * ctx.scale).T
+        scores = scores.view(len(rows), -1, grid.num_blocks)
+        if len(slot) < len(place):
+            scores = torch.full((len(place), *scores.shape[1:]), -torch.inf).index_copy_(0, slot, scores)
+        scores[:, :, known:].masked_fill_(unread[:, None], -torch.inf)
+        scores = scores.view(grid.tiles, q_tile, rows.shape[1], -1)
+        highest = scores.amax(1, keepdim=True).amax(3, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
         mass = scores.sub_(highest).exp_().sum(1)
         kept.append(mass >= alpha * mass.amax(-1, keepdim=True))
     return torch.cat(kept, 1).transpose(0, 1)

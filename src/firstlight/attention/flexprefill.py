@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from firstlight.attention.grid import Grid
-from firstlight.attention.probe import by_distance, probe_operations, probed
+from firstlight.attention.probe import probe_operations, probed
 from firstlight.core.attn import AttnPlan, PlanContext, Planner
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability
@@ -91,7 +91,7 @@ class FlexPrefill(Planner):
             return None
         means = grid.mean_keys()
         last = ctx.q[-c.block :].float().mean(0).view(len(means), -1, means.shape[2])
-        of_groups = [self._read(grid, *of) for of in zip(probed(ctx, c.block), last, means)]
+        of_groups = [self._read(grid, *seen, *of) for seen, *of in zip(probed(ctx, c.block), last, means)]
         blocks, aware = (torch.cat(parts) for parts in zip(*of_groups))
         for head, chosen in by_means(grid, means, aware.nonzero()[:, 0].tolist(), c.gamma):
             blocks[head] |= chosen
@@ -103,14 +103,16 @@ class FlexPrefill(Planner):
         pairs = (rows / self.config.block) * (int(ctx.tok[-1]) + 1) / self.config.block
         return probe_operations(ctx, self.config.block) + 2.0 * pairs * heads * dim
 
-    def _read(self, grid: Grid, seen: Tensor, last: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, grid: Grid, columns: Tensor, distances: Tensor, last: Tensor, means: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What the last rows say for the query heads of a KV head: bool [G, tiles, nb], and bool [G], who is aware.
 
-        seen f32 [G, m, n_kv] and last [G, D]: attention of the last rows, and their mean; means [nb, D].
+        Columns and distances f32 [G, n], last [G, D]: attention of the last rows, and their mean; means [nb, D].
         """
         c = self.config
-        columns = seen.mean(1)
-        distances = by_distance(seen, grid.place[-seen.shape[1] :]) / seen.shape[1]
+        rows = min(c.block, len(grid.place))
+        columns, distances = columns / rows, distances / rows
         of_blocks, of_bands = in_blocks(columns, c.block), in_blocks(distances, c.block)
         foretold = (last @ means.T * grid.ctx.scale).softmax(-1)
         aware = divergence(foretold, of_blocks) < c.tau

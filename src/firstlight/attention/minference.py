@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from firstlight.attention.grid import Grid
 from firstlight.attention.patterns import BAND, BLOCKS, LINES, Pattern, read_published, read_table
-from firstlight.attention.probe import by_distance, probe_operations, probed
+from firstlight.attention.probe import probe_operations, probed
 from firstlight.core.attn import DENSE, AttnPlan, PlanContext, Planner
 from firstlight.core.calibration import Calibration
 from firstlight.core.errors import UserError
@@ -149,8 +149,7 @@ def lines(grid: Grid, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """(columns, distances), bool [h, n_kv] each, of some heads: where the attention of the last rows lies."""
     probing = torch.zeros(grid.ctx.q.shape[1], dtype=torch.bool)
     probing[list(sizes)] = True
-    sums = [(seen.sum(1), by_distance(seen, grid.place[-LAST:])) for seen in probed(grid.ctx, LAST, probing)]
-    mass, apart = map(torch.cat, zip(*sums))
+    mass, apart = map(torch.cat, zip(*probed(grid.ctx, LAST, probing)))
     columns, diagonals = torch.tensor(list(sizes.values())).unbind(1)
     return _most(mass, columns, FIRST), _most(apart, diagonals, NEAR)
 

@@ -13,40 +13,44 @@ from torch import Tensor
 
 from firstlight.core.attn import PlanContext
 
+_STRIP = 32
+"""Rows of a query head that are looked at together."""
 
-def probed(ctx: PlanContext, last_n: int, heads: Tensor | None = None) -> Iterator[Tensor]:
-    """For each KV head f32 [g, m, entries]: attention of the last m = min(last_n, n) rows, model windows left aside.
+
+def probed(ctx: PlanContext, last_n: int, heads: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each KV head f32 [g, entries] twice: what the last m = min(last_n, n) rows look at, model windows left aside,
+    summed over them: the mass of each entry, and the mass at each distance, which is a row's own entry less another.
 
     Of its query heads those in bool `heads` [Hq] alone, which may be none; by default all.
     """
     assert ctx.place is not None
-    place = ctx.place[-last_n:]
-    q = (ctx.q[-last_n:].float() * ctx.scale).transpose(0, 1)
+    q, place = (ctx.q[-last_n:].float() * ctx.scale).transpose(0, 1), ctx.place[-last_n:]
     wanted = (torch.ones(len(q), dtype=torch.bool) if heads is None else heads).view(ctx.num_kv_heads, -1)
-    first, n = int(place[0]) + 1, int(place[-1]) + 1  # all of these rows see what lies before the first
-    ahead = torch.arange(first, n) > place[:, None]
-    for h, (rows, some) in enumerate(zip(q.chunk(len(wanted)), wanted)):  # scores of all would be large
-        scores = ctx.by_keys(h, rows[some].flatten(0, 1), n).view(-1, len(place), n)
-        scores[..., first:].masked_fill_(ahead, -torch.inf)
-        yield torch.softmax(scores, -1, out=scores)
+    n = int(place[-1]) + 1
+    room = torch.empty(wanted.shape[1], min(len(place), _STRIP), n)  # fresh memory costs as much as what is done in it
+    for head, (of_group, some) in enumerate(zip(q.chunk(len(wanted)), wanted)):
+        rows = of_group[some]
+        sums, apart = torch.zeros(2, len(rows), n)
+        for strip, own in zip(rows.split(_STRIP, 1), place.split(_STRIP)):
+            seen = _attention(ctx, head, strip, own, room[: len(rows), : len(own)])
+            sums += seen.sum(1)
+            for row, at in zip(seen.unbind(1), own.tolist()):  # distances of the last row, in its order
+                apart[:, n - 1 - at :] += row[:, : at + 1]
+        yield sums, apart.flip(1)
 
 
-def probe(ctx: PlanContext, last_n: int) -> Tensor:
-    """f32 [Hq, m, entries]: the same of all heads."""
-    return torch.cat(list(probed(ctx, last_n)))
+def _attention(ctx: PlanContext, head: int, rows: Tensor, place: Tensor, room: Tensor) -> Tensor:
+    """f32 [g, m, n] in `room`: softmax of rows [g, m, D], scaled, over the first n keys of a KV head."""
+    g, m, n = room.shape
+    scores = room.flatten()[: g * m * n].view(g * m, n)
+    ctx.by_keys(head, rows.flatten(0, 1), scores)
+    scores, first = scores.view(g, m, n), int(place[0]) + 1  # all of these rows see what lies before the first
+    scores[..., first:].masked_fill_(torch.arange(first, n) > place[:, None], -torch.inf)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def probe_operations(ctx: PlanContext, last_n: int) -> float:
-    """Of `probe`."""
+    """Of `probed`."""
     rows, heads, dim = ctx.q.shape
     entries = int(ctx.tok[-1]) + 1 if ctx.place is None else int(ctx.place[-1]) + 1
     return 2.0 * min(last_n, rows) * heads * dim * entries
-
-
-def by_distance(seen: Tensor, place: Tensor) -> Tensor:
-    """f32 [Hq, entries]: of `probe`'s rows the mass at each distance place - entry, summed over rows."""
-    own = place.tolist()
-    sums = torch.zeros(seen.shape[0], own[-1] + 1)  # of the last row in its order; of others, moved to end with it
-    for row, at in zip(seen.unbind(1), own):
-        sums[:, own[-1] - at :] += row[:, : at + 1]
-    return sums.flip(1)

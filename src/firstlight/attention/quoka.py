@@ -93,19 +93,20 @@ def judges(ctx: PlanContext, count: int) -> Tensor:
     """f32 [Hkv, m, D]: of each head the `count` rows at the widest angle to its mean row, widest first, at length one;
     then the mean over the heads of a KV head, rank by rank. All rows in their order where there are no more."""
     rows = ctx.q.float().transpose(0, 1)  # [Hq, n, D]
-    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    length = rows.norm(dim=-1).clamp_min(1e-30)
     if count < rows.shape[1]:
-        near = (unit @ rows.mean(1)[:, :, None])[:, :, 0]  # cosines, but for a length that all rows of a head share
+        near = torch.bmm(rows, rows.mean(1)[:, :, None])[:, :, 0] / length  # cosines times what a head's rows share
         order = near.argsort(dim=1, stable=True)[:, :count]
-        unit = unit.gather(1, order[:, :, None].expand(-1, -1, unit.shape[2]))
-    return unit.view(ctx.num_kv_heads, -1, *unit.shape[1:]).mean(1)
+        rows, length = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2])), length.gather(1, order)
+    unit: Tensor = rows / length[:, :, None]
+    return unit.reshape(ctx.num_kv_heads, -1, *unit.shape[1:]).mean(1)
 
 
 def token_scores(ctx: PlanContext, judging: Tensor, count: int) -> Tensor:
     """f32 [Hkv, count]: of each of the first entries the highest cosine that a judge gives it."""
     assert ctx.digest is not None
-    best_of = torch.stack([ctx.by_keys(head, rows, count).amax(0) for head, rows in enumerate(judging)])
-    scores: Tensor = best_of * ctx.digest("unit_k").flatten(1)[:, :count]
+    products = torch.bmm(judging, ctx.keys()[:, :count].float().transpose(1, 2))
+    scores: Tensor = products.amax(1) * ctx.digest("unit_k").flatten(1)[:, :count]  # lengths aren't negative
     return scores
 
 

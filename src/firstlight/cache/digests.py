@@ -16,6 +16,9 @@ from torch.nn.functional import pad
 from firstlight.cache.pool import Ids, Pool
 from firstlight.kernels.kv_layout import BLOCK
 
+_AT_ONCE = 64
+"""Blocks whose keys are read out together: fresh memory costs more than what is done in it."""
+
 
 def _mean_k(keys: Tensor, count: Tensor) -> Tensor:
     """f32 [n, D]: the mean of the entries that are there."""
@@ -79,13 +82,13 @@ class Digests:
 
     def _make(self, name: str, blocks: Ids, count: Ids) -> None:
         have = self._count[name]
-        where = torch.from_numpy(blocks.astype(np.int64))
-        keys = self._layout.read_keys(where[None])[0]
-        keys = keys.view(len(blocks), BLOCK, -1)
-        made = DIGESTS[name](keys, torch.from_numpy(count.astype(np.int64)))
-        if name not in self._made:  # zeros take memory only where they are written
-            self._made[name] = torch.from_numpy(np.zeros((len(have), *made.shape[1:]), np.float32))
-        self._made[name][where] = made
+        for some in np.split(np.arange(len(blocks)), range(_AT_ONCE, len(blocks), _AT_ONCE)):
+            where = torch.from_numpy(blocks[some].astype(np.int64))
+            keys = self._layout.read_keys(where[None])[0].view(len(some), BLOCK, -1)
+            made = DIGESTS[name](keys, torch.from_numpy(count[some].astype(np.int64)))
+            if name not in self._made:  # zeros take memory only where they are written
+                self._made[name] = torch.from_numpy(np.zeros((len(have), *made.shape[1:]), np.float32))
+            self._made[name][where] = made
         have[blocks] = count
 
     @property

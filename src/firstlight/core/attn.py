@@ -96,14 +96,15 @@ class PlanContext:
     """name -> [Hkv, nb, ...]: a summary of each of the view's blocks that the capability names (`cache/digests.py`)."""
     entries: Callable[[], tuple[Tensor, Tensor]] | None = None
     """() -> k, v [Hkv, n_kv, D] of the view."""
-    product: Callable[[int, Tensor, int], Tensor] | None = None
-    """(KV head, rows f32 [m, D], n) -> f32 [m, n]: rows by the head's first n keys, which needn't be read out for it."""
+    product: Callable[[int, Tensor, Tensor], None] | None = None
+    """(KV head, rows f32 [m, D], out f32 [m, n]): what `by_keys` does, where keys needn't be read out for it."""
 
-    def by_keys(self, head: int, rows: Tensor, count: int) -> Tensor:
-        """f32 [m, count]: rows f32 [m, D] by a KV head's first keys."""
-        if self.product is not None:
-            return self.product(head, rows, count)
-        return rows @ self.keys()[head, :count].float().T
+    def by_keys(self, head: int, rows: Tensor, out: Tensor) -> None:
+        """out f32 [m, n]: rows f32 [m, D] by the first n keys of a KV head."""
+        if self.product is None:
+            out.copy_(rows @ self.keys()[head, : out.shape[1]].float().T)
+        else:
+            self.product(head, rows, out)
 
     @property
     def is_decode(self) -> bool:

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from firstlight.attention.grid import Grid, pairs
-from firstlight.attention.probe import probe, probe_operations
+from firstlight.attention.probe import probe_operations, probed
 from firstlight.core.attn import AttnPlan, PlanContext, Planner
 from firstlight.kernels.contract import AttnCall, AttnRows, KVView
 from firstlight.kernels.kv_layout import BLOCK, KVLayout
@@ -71,7 +71,7 @@ def _operation(planner: Planner, ctx: PlanContext) -> float:
     """Seconds of one: of the planner's own rehearsal, else of a probe's."""
     if count := planner.rehearse(ctx):
         return _seconds(lambda: planner.rehearse(ctx)) / count
-    return _seconds(lambda: probe(ctx, BLOCK)) / probe_operations(ctx, BLOCK)
+    return _seconds(lambda: list(probed(ctx, BLOCK))) / probe_operations(ctx, BLOCK)
 
 
 def _sample(config: ModelConfig, dtype: torch.dtype, kind: type[KVLayout]) -> tuple[PlanContext, AttnCall]:

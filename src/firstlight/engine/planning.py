@@ -66,7 +66,7 @@ class Planning:
             scale=model.scale,
             digest=lambda name: self.digests.read(name, view.table, max(view.length)),
             entries=partial(live.kv.entries, layer),
-            product=lambda head, rows, n: live.kv.pool.layout.product(rows, view.table[head], n),
+            product=lambda head, rows, out: live.kv.pool.layout.product(rows, view.table[head], out),
         )
 
 

@@ -98,26 +98,25 @@ class KVLayout:
         words = words.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves no blocks at all as they are
         return words.view(self.dtype).view(table.shape[0], table.shape[1] * BLOCK, self.head_dim)
 
-    def product(self, rows: Tensor, table: Tensor, count: int) -> Tensor:
-        """f32 [m, count]: rows f32 [m, D] by the first keys of one head's blocks i32 [nb], in float32's precision.
+    def product(self, rows: Tensor, table: Tensor, out: Tensor) -> None:
+        """out f32 [m, n]: rows f32 [m, D] by the first n keys of one head's blocks i32 [nb], in float32's precision.
 
         K lies as weights do (csrc/matmul.h): blocks are panels. Rows are summed of such as the blocks' type holds.
         """
-        table = table[: -(-count // BLOCK)]
+        table = table[: -(-out.shape[1] // BLOCK)]
         if lib is None or self.is_int8:
-            return rows @ self.read_keys(table[None])[0, :count].float().T
-        parts = [rows.to(self.dtype)]
-        while len(parts) < _PARTS and bool((rest := rows - sum(part.float() for part in parts)).any()):
-            parts.append(rest.to(self.dtype))
-        made = self._product(torch.cat(parts), self.k.index_select(0, table), count)
-        return made if len(parts) == 1 else made.view(len(parts), -1, count).sum(0)
-
-    def _product(self, rows: Tensor, panels: Tensor, count: int) -> Tensor:
-        assert lib is not None
-        out = torch.empty(len(rows), count)
-        where = (rows.data_ptr(), panels.data_ptr(), out.data_ptr(), rows.stride(0), count, *rows.shape, count)
-        lib.matmul(*where, torch.get_num_threads(), int(self.dtype == torch.bfloat16), True, 0, 0, 0)
-        return out
+            out.copy_(rows @ self.read_keys(table[None])[0, : out.shape[1]].float().T)
+            return
+        panels, rest = self.k.index_select(0, table), rows
+        for number in range(_PARTS):
+            part = rest.to(self.dtype)
+            made = torch.empty_like(out) if number else out
+            _multiply(part, panels, made)
+            if number:
+                out += made
+            rest = rest - part.float()
+            if not bool(rest.any()):
+                break
 
     def seen(self, q: Tensor) -> Tensor:
         """Queries [.., D] as scores see them."""
@@ -238,6 +237,14 @@ class Int8Layout(KVLayout):
     def _values(self, values: Tensor, log: Tensor) -> Tensor:
         """u8 [.., D] and the bytes of their scales' logarithms [.., 4] -> v [.., D]."""
         return turned_back(values.contiguous().view(torch.int8).float() * torch.exp2(_floats(log))).to(self.dtype)
+
+
+def _multiply(rows: Tensor, panels: Tensor, out: Tensor) -> None:
+    """out f32 [m, n]: rows [m, D] by keys in blocks [nb, D / pair, 64, pair]."""
+    assert lib is not None and out.is_contiguous()
+    where = (rows.data_ptr(), panels.data_ptr(), out.data_ptr(), rows.stride(0), out.shape[1])
+    how = (*rows.shape, out.shape[1], torch.get_num_threads(), int(rows.dtype == torch.bfloat16), True)
+    lib.matmul(*where, *how, 0, 0, 0)
 
 
 def _floats(x: Tensor) -> Tensor:
