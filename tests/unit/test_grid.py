@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from firstlight.cache.digests import Digests
 from firstlight.cache.pool import Pool
 from firstlight.cache.table import RequestKV
 from firstlight.core.attn import PlanContext
-from firstlight.kernels.kv_layout import BLOCK
+from firstlight.kernels.kv_layout import BLOCK, Int8Layout, KVLayout
 
 HEADS, KV_HEADS, D = 6, 2, 8
 
@@ -91,6 +92,20 @@ def test_the_probe_is_the_softmax_of_the_last_rows(seed: int) -> None:
             distance[head, : own + 1] += want.flip(0)
     for got, wanted in zip(map(torch.cat, zip(*probed(ctx, last))), (mass, distance)):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(KVLayout, "float32"), (KVLayout, "bfloat16"), (Int8Layout, "bfloat16")])
+def test_products_with_keys_where_they_lie(kind: type[KVLayout], dtype: str) -> None:
+    """Of rows that no number of the blocks' type is, as precise as float32; of heads' blocks in any order."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(300, 2, 32, generator=generator).to(getattr(torch, dtype))
+    rows = torch.randn(5, 32, generator=generator)
+    table, layout = kind.holding(k, k)
+    for head, count in ((0, 300), (1, 129)):
+        out = torch.empty(5, count)
+        layout.product(rows, table[head], out)
+        want = rows.double() @ layout.read_keys(table)[head, :count].double().T
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=2e-6)
 
 
 @settings(max_examples=40)

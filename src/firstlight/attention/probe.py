@@ -31,7 +31,9 @@ def probed(ctx: PlanContext, last_n: int, heads: Tensor | None = None) -> Iterat
     for head, (of_group, some) in enumerate(zip(q.chunk(len(wanted)), wanted)):
         rows = of_group[some]
         sums, apart = torch.zeros(2, len(rows), n)
-        for strip, own in zip(rows.split(_STRIP, 1), place.split(_STRIP)):
+        for begin in range(0, len(place), _STRIP):
+            own = place[begin : begin + _STRIP]
+            strip = rows[:, begin : begin + _STRIP]
             seen = _attention(ctx, head, strip, own, room[: len(rows), : len(own)])
             sums += seen.sum(1)
             for row, at in zip(seen.unbind(1), own.tolist()):  # distances of the last row, in its order
