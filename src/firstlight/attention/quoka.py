@@ -105,9 +105,11 @@ def judges(ctx: PlanContext, count: int) -> Tensor:
 def token_scores(ctx: PlanContext, judging: Tensor, count: int) -> Tensor:
     """f32 [Hkv, count]: of each of the first entries the highest cosine that a judge gives it."""
     assert ctx.digest is not None
-    products = torch.bmm(judging, ctx.keys()[:, :count].float().transpose(1, 2))
-    scores: Tensor = products.amax(1) * ctx.digest("unit_k").flatten(1)[:, :count]  # lengths aren't negative
-    return scores
+    products, room = torch.empty(len(judging), count), torch.empty(judging.shape[1], count)
+    for head, rows in enumerate(judging):
+        ctx.by_keys(head, rows, room)
+        torch.amax(room, 0, out=products[head])
+    return products.mul_(ctx.digest("unit_k").flatten(1)[:, :count])  # lengths aren't negative
 
 
 def _shared(ctx: PlanContext, blocks: Tensor, columns: Tensor) -> AttnPlan:
