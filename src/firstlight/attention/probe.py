@@ -27,14 +27,14 @@ def probed(ctx: PlanContext, last_n: int, heads: Tensor | None = None) -> Iterat
     q, place = (ctx.q[-last_n:].float() * ctx.scale).transpose(0, 1), ctx.place[-last_n:]
     wanted = (torch.ones(len(q), dtype=torch.bool) if heads is None else heads).view(ctx.num_kv_heads, -1)
     n = int(place[-1]) + 1
-    room = torch.empty(wanted.shape[1], min(len(place), _STRIP), n)  # fresh memory costs as much as what is done in it
+    room = torch.empty(wanted.shape[1] * min(len(place), _STRIP), n)  # fresh memory costs as much as what is done in it
     for head, (of_group, some) in enumerate(zip(q.chunk(len(wanted)), wanted)):
         rows = of_group[some]
         sums, apart = torch.zeros(2, len(rows), n)
-        for begin in range(0, len(place), _STRIP):
+        for begin in range(0, len(place), _STRIP) if len(rows) else ():
             own = place[begin : begin + _STRIP]
             strip = rows[:, begin : begin + _STRIP]
-            seen = _attention(ctx, head, strip, own, room[: len(rows), : len(own)])
+            seen = _attention(ctx, head, strip, own, room)
             sums += seen.sum(1)
             for row, at in zip(seen.unbind(1), own.tolist()):  # distances of the last row, in its order
                 apart[:, n - 1 - at :] += row[:, : at + 1]
@@ -42,12 +42,11 @@ def probed(ctx: PlanContext, last_n: int, heads: Tensor | None = None) -> Iterat
 
 
 def _attention(ctx: PlanContext, head: int, rows: Tensor, place: Tensor, room: Tensor) -> Tensor:
-    """f32 [g, m, n] in `room`: softmax of rows [g, m, D], scaled, over the first n keys of a KV head."""
-    g, m, n = room.shape
-    scores = room.flatten()[: g * m * n].view(g * m, n)
+    """f32 [g, m, n] in room [g m or more, n]: softmax of rows [g, m, D], scaled, over the first n keys of a KV head."""
+    scores = room[: rows.shape[0] * rows.shape[1]]
     ctx.by_keys(head, rows.flatten(0, 1), scores)
-    scores, first = scores.view(g, m, n), int(place[0]) + 1  # all of these rows see what lies before the first
-    scores[..., first:].masked_fill_(torch.arange(first, n) > place[:, None], -torch.inf)
+    scores, first = scores.view(*rows.shape[:2], room.shape[1]), int(place[0]) + 1  # up to there all of these rows see
+    scores[..., first:].masked_fill_(torch.arange(first, scores.shape[2]) > place[:, None], -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
