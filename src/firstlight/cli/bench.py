@@ -134,7 +134,9 @@ def kernel(
 ) -> None:
     """Each operator of a model by itself, beside PyTorch's and the time that this machine needs at least.
 
-    Weights are random, so that only the shapes are the model's; operands come from memory, not from a cache.
+    Weights are random: only shapes are the model's, and the types of blocks that --weights compact reads.
+
+    Operands come from memory, not from a cache. A dash: PyTorch has no such operator.
 
     firstlight bench kernel smollm2 --rows 1,512
     """
@@ -147,9 +149,9 @@ def kernel(
     from firstlight.models.weights.checkpoint import open_checkpoint
     from firstlight.models.weights.hub import resolve
 
-    config = open_checkpoint(resolve(model)).config
+    checkpoint = open_checkpoint(resolve(model))
     peaks = {row["what"]: row["steady"] for row in measure_peaks([torch.get_num_threads()])}
-    found = list(measure_operators(config, counts, context, peaks))
+    found = list(measure_operators(checkpoint.config, counts, context, peaks, checkpoint.types))
     machine = describe_processor() | {"threads": torch.get_num_threads()}
     _show({"machine": machine, "peaks": peaks, "rows": found}, [_operators(machine, found)], as_json)
 
@@ -196,12 +198,16 @@ def _operators(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table
     for heading in ("operator", "shape", "type", "rows", "ours", "PyTorch", "times faster", "limit", "of the limit"):
         shown.add_column(heading, justify="left" if heading in ("operator", "shape", "type") else "right")
     for row in rows:
-        seconds = (f"{row[key] * 1e6:,.0f} us" for key in ("seconds", "torch_s"))
-        shares = (row["torch_s"] / row["seconds"], row["limit_s"] / row["seconds"])
-        limit = f"{row['limit_s'] * 1e6:,.0f} us"
-        names = (row[key] for key in ("operator", "shape", "precision"))
-        shown.add_row(*names, f"{row['rows']}", *seconds, f"{shares[0]:.1f}", limit, f"{shares[1]:.0%}")
+        ours, theirs, limit = (row[key] for key in ("seconds", "torch_s", "limit_s"))
+        beside = ("-", "-") if theirs is None else (_micros(theirs), f"{theirs / ours:.1f}")
+        kind = f"{row['precision']} from {row['blocks']}" if row["blocks"] else row["precision"]
+        names = (row["operator"], row["shape"], kind, f"{row['rows']}")
+        shown.add_row(*names, _micros(ours), *beside, _micros(limit), f"{limit / ours:.0%}")
     return shown
+
+
+def _micros(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} us"
 
 
 def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
