@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from firstlight.core.errors import UserError
@@ -22,6 +24,10 @@ _MAX_TEXT = 1 << 16
 """Characters of a schema, regular expression or grammar: compiling takes time in the square of it."""
 _CACHE_BYTES = 1 << 28
 _CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
+# First bytes of a character and those that never follow them in UTF-8 (overlong forms, surrogates, too large): the
+# library lets these through, and a reader would get three characters where it counts one.
+_NEVER_AFTER = {b"\xe0": (0x80, 0x9F), b"\xed": (0xA0, 0xBF), b"\xf0": (0x80, 0x8F), b"\xf4": (0x90, 0xBF)}
+_NO_TEXT = re.compile(b"|".join(first + b"[%c-%c]" % never for first, never in _NEVER_AFTER.items()))
 # Keywords that the library reads over: an answer would be no answer to the schema.
 _UNKNOWN = {
     *("not", "if", "then", "else", "multipleOf", "uniqueItems", "contains", "minContains", "maxContains"),
@@ -40,6 +46,8 @@ class Grammars:
         self._eos_ids = eos_ids
         self._compilers: dict[bool, Any] = {}
         """For JSON, and for the rest."""
+        self._after: dict[bytes, Tensor] = {}
+        """Last byte of a text -> the tokens that may follow, as bits."""
         self._lock = threading.Lock()
 
     def structure(self, params: SamplingParams) -> Structure | None:
@@ -58,7 +66,7 @@ class Grammars:
             raise UserError(f"{kind} has {len(text)} characters, the limit is {_MAX_TEXT}; make it shorter")
         if kind == "json_schema":
             _check_schema(text)
-        made = Walk(self._compile(kind, text), sorted(self._eos_ids))
+        made = Walk(self._compile(kind, text), sorted(self._eos_ids), self._text_bytes, self._after)
         if made.is_dead:
             raise UserError(f"{kind} allows no answer at all; change it")
         return made
@@ -76,8 +84,10 @@ class Grammars:
         with self._lock:
             if is_json not in self._compilers:
                 words = [self._text_bytes(token) for token in range(self._num_tokens)]
+                self._after.update(_followers(words, self._vocab_size))
                 # The library lets control characters into strings of limited length; JSON has none but line ends.
                 words = [b"" if is_json and _CONTROL.search(word) else word for word in words]
+                words = [b"" if _NO_TEXT.search(word) else word for word in words]
                 info = xgrammar.TokenizerInfo(words, vocab_size=self._vocab_size, stop_token_ids=sorted(self._eos_ids))
                 made = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
                 self._compilers[is_json] = made
@@ -87,17 +97,25 @@ class Grammars:
 class Walk:
     """One answer's way through a compiled grammar. At a dead end only the end is left."""
 
-    def __init__(self, compiled: Any, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        eos_ids: Sequence[int],
+        text_bytes: Callable[[int], bytes],
+        after: Mapping[bytes, Tensor],
+    ) -> None:
         import xgrammar
 
         self._matcher = xgrammar.GrammarMatcher(compiled)
-        self._eos_ids = list(eos_ids)
+        self._eos_ids, self._text_bytes, self._after, self._last = list(eos_ids), text_bytes, after, b""
         probe = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
         self._matcher.fill_next_token_bitmask(probe, 0)
         self.is_dead = not bool(probe.any())
 
     def fill(self, mask: Tensor, row: int) -> None:
         self._matcher.fill_next_token_bitmask(mask, row)
+        if self._last in self._after:
+            mask[row] &= self._after[self._last]
         if not bool(mask[row].any()):
             for token in self._eos_ids:
                 mask[row, token // 32] |= _bit(token % 32)
@@ -105,6 +123,7 @@ class Walk:
     def accept(self, token: int) -> None:
         accepted = self._matcher.accept_token(token)
         assert accepted, f"token {token} was not allowed"
+        self._last = self._text_bytes(token)[-1:]
 
 
 def constrain(logits: Tensor, structures: Sequence[Structure | None]) -> None:
@@ -118,6 +137,14 @@ def constrain(logits: Tensor, structures: Sequence[Structure | None]) -> None:
     for row in rows:
         structures[row].fill(mask, row)  # type: ignore[union-attr]
     xgrammar.apply_token_bitmask_inplace(logits, mask, indices=rows)
+
+
+def _followers(words: Sequence[bytes], vocab_size: int) -> dict[bytes, Tensor]:
+    """First byte of a character -> a bit for each token that may follow it: i32 [ceil(vocabulary / 32)]."""
+    first = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    first[: len(words)] = [word[0] if word else 0 for word in words]
+    fit = {lead: (first < low) | (first > high) for lead, (low, high) in _NEVER_AFTER.items()}
+    return {lead: torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32)) for lead, bits in fit.items()}
 
 
 def _bit(place: int) -> int:
