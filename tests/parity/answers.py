@@ -8,6 +8,7 @@ log-sum-exps (a byte of a query may fall to the other side). Laws about bits hol
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -22,9 +23,11 @@ from firstlight.kernels.contract import AttnCall
 from firstlight.kernels.native import lib
 
 F32, BF16 = torch.float32, torch.bfloat16
-VARIANTS = [f"cpu:{isa}" for isa in lib.variants()] if lib is not None else []
+_FORCED = os.environ.get("FIRSTLIGHT_ISA")
+VARIANTS = [f"cpu:{isa}" for isa in lib.variants() if isa == (_FORCED or isa)] if lib is not None else []
 each_backend = pytest.mark.parametrize("name", ["torch", *VARIANTS])
-"""PyTorch's operators, and the compiled ones for every instruction set that this processor has."""
+"""PyTorch's operators, and the compiled ones for every instruction set that this processor has,
+or for the one that FIRSTLIGHT_ISA forces."""
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16])
 each_blocks = pytest.mark.parametrize(("dtype", "int8"), [(F32, False), (BF16, False), (BF16, True)])
 """Of rows, and whether blocks are int8."""
