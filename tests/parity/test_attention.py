@@ -30,7 +30,7 @@ from firstlight.kernels.contract import AttnCall
 from firstlight.kernels.kv_layout import BLOCK
 from firstlight.kernels.reference.attention import visible_mask
 
-GROUPS_AND_DIMS = [(1, 64), (2, 128), (3, 64), (4, 256), (6, 128), (7, 64), (8, 64)]
+GROUPS_AND_DIMS = [(1, 64), (2, 128), (2, 96), (3, 64), (4, 256), (6, 128), (7, 64), (8, 64)]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from answers import backend
+from cases import Spec, build
 from torch import Tensor
 
 from firstlight.kernels.native import lib
@@ -74,6 +76,22 @@ def test_what_it_cannot_repeat_it_refuses(foreign: Callable[[Tensor], object]) -
     x = rows(0, 4, 64)
     assert not recorded(lambda: (ops.rms_norm(x, GAIN, 1e-5), foreign(x))).is_whole
     assert recorded(lambda: ops.rms_norm(x, GAIN, 1e-5)).is_whole
+
+
+def test_a_call_whose_plan_is_its_own_is_not_repeated() -> None:
+    """The plan's lists are gone when the next call comes."""
+    for plan, is_whole in (("none", True), ("mixed", False)):
+        call = build(Spec(plan=plan, dim=16))
+        assert recorded(lambda call=call: backend("cpu").attend(call, 0, len(call.q))).is_whole == is_whole
+
+
+def test_a_tape_with_half_a_one_behind_it_is_not_whole() -> None:
+    x = rows(0, 4, 64)
+    whole, half = (recorded(lambda f=f: (ops.rms_norm(x, GAIN, 1e-5), f(x))) for f in (lambda x: x, lambda x: x * 2))
+    whole.extend(whole)
+    assert whole.is_whole
+    whole.extend(half)
+    assert not whole.is_whole
 
 
 def test_memory_is_lent_once_a_recording() -> None:
