@@ -304,6 +304,12 @@ def test_methods_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sink=64" in capsys.readouterr().out
 
 
+def test_the_list_of_methods_can_be_read_from_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["methods", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "--method compactattention" in out and "…" not in out and "`band`:" not in out
+
+
 @pytest.mark.parametrize("verb", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
 def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(verb) == 0

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability
 
 app = typer.Typer(help="List and describe methods and schedules.", no_args_is_help=True)
+_WIDE = 160
+"""Columns of the list where it goes to a file or a pipe."""
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -34,11 +37,11 @@ def list_methods(as_json: _Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    table = Table("switch on with", "exact", "paper", "needs", "what it does", box=None)
+    table = Table("switch on with", "exact", "needs", "what it does", box=None)
+    table.columns[0].no_wrap = True
     for method in found:
-        exact = "yes" if method["exact"] else "no"
-        table.add_row(method["flag"], exact, method["paper"] or "", "; ".join(method["needs"]), method["about"])
-    Console().print(table)
+        table.add_row(method["flag"], shown(method["exact"]), "; ".join(method["needs"]), _said(method))
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 @app.command()
@@ -59,7 +62,7 @@ def show(
     if as_json:
         typer.echo(json.dumps(method, indent=2))
         return
-    typer.echo(f"{method['flag']}: {method['about']}")
+    typer.echo(f"{method['flag']}: {_said(method)}")
     for part in method["parts"]:
         _print_part(part)
 
@@ -102,6 +105,12 @@ def check(
         typer.echo(json.dumps(found, indent=2))
     if any(one["holds"] is False for one in found):
         raise typer.Exit(1)
+
+
+def _said(method: dict[str, Any]) -> str:
+    """What a method does, without its name in front, and with its paper."""
+    text = method["about"].removeprefix(f"`{method['name']}`: ")
+    return text if not method["paper"] or method["paper"] in text else f"{text} ({method['paper']})"
 
 
 def _told(found: dict[str, Any]) -> str:
@@ -179,7 +188,9 @@ def _setting(field: dataclasses.Field[Any], cls: Any) -> dict[str, Any]:
 def _print_part(part: dict[str, Any]) -> None:
     typer.echo(f"\nin {part['seam']}/: {part['home']}")
     for setting in part["settings"]:
-        typer.echo(f"  {setting['name']}={setting['default']}  ({setting['type']}) {setting['doc']}")
+        default = setting["default"]
+        given = f"{default:.4g}" if isinstance(default, float) else default
+        typer.echo(f"  {setting['name']}={given}  ({setting['type']}) {setting['doc']}")
     for key, value in part["capability"].items():
         typer.echo(f"  {key.replace('_', ' ')}: {shown(value)}")
 
