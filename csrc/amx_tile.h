@@ -43,6 +43,13 @@ class TileSums {
     void clear() {
         each_of<M * N>([](auto t) { tmm::zero<t>(); });
     }
+    template <class F>
+    void begin(F first) {
+        S sums[M * N * ROWS] = {};
+        for (int i = 0; i < rows_; ++i)
+            for (int j = 0; j < N; ++j) sums[(i / ROWS * N + j) * ROWS + i % ROWS] = first(i, j);
+        recall(sums);
+    }
     void recall(const S* from) {
         each_of<M * N>([&](auto t) { tmm::load<t>(from + t * ROWS, sizeof(S)); });
     }

@@ -18,10 +18,14 @@ namespace {
 constexpr int SPLIT = SPLIT_BLOCKS * BLOCK;
 constexpr int TOPS = SPLIT_BLOCKS < W ? W : SPLIT_BLOCKS;  // of a row's blocks in a split, in whole vectors
 
-// Where a product's sums go, those of a tile that begins at (row, column).
+// Where a product's sums go, those of a tile that begins at (row, column), and what they start from.
 struct Stored {
     float* to;
     ptrdiff_t stride;
+    template <class Sums>
+    void begin(Sums& sums, int) const {
+        sums.clear();
+    }
     template <class Sums>
     void put(Sums& sums, int row, int column) const {
         sums.save(to + row * stride + column, stride);
@@ -34,6 +38,10 @@ struct Added {
     float* to;
     ptrdiff_t stride;
     const float* worth;
+    template <class Sums>
+    void begin(Sums& sums, int) const {
+        sums.clear();
+    }
     template <class Sums>
     void put(Sums& sums, int row, int column) const {
         sums.each([&](int i, int j, vi sum) {
@@ -95,9 +103,13 @@ struct Eighths {
         const float* scale;
         const Rows& rows;
         template <class Sums>
+        void begin(Sums& sums, int row) const {
+            sums.begin([&](int i, int) { return rows.start[row + i] - vi{}; });
+        }
+        template <class Sums>
         void put(Sums& sums, int row, int column) const {
             sums.each([&](int i, int j, vi sum) {
-                const vf score = __builtin_convertvector(sum + rows.start[row + i], vf) * load(scale + column + j * W);
+                const vf score = __builtin_convertvector(sum, vf) * load(scale + column + j * W);
                 store(to + (ptrdiff_t)(row + i) * SPLIT + column + j * W, score * all(rows.step[row + i]));
             });
         }

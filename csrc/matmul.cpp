@@ -112,7 +112,7 @@ class Linear {
                 with_sums<T, N>((int)std::min<int64_t>(MOST, p.r1 - r), [&](auto& s) {
                     S* kept = waiting + (r - p.r0) * N;
                     if (g) s.recall(kept);
-                    else s.clear();
+                    else begin(s, p);
                     s.template add<FETCH>((const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR, call_.x_row, b, ldb, n, (const char*)(w + (g + n) * LDB) + (r - p.r0) / MOST * n * step, step);
                     if (last) finish(s, p, r);
                     else s.keep(kept);
@@ -134,12 +134,18 @@ class Linear {
         return room.data();
     }
     template <class Tile>
+    void begin(Tile& sums, const Piece& p) const {
+        const int64_t column = p.panel * PANEL + p.first * W;
+        if constexpr (T::PAIR == 4) sums.begin([=](int, int j) { return load_as<vi>(call_.start + column + j * W); });
+        else sums.clear();
+    }
+    template <class Tile>
     void finish(Tile& sums, const Piece& p, int64_t r) const {
         const int64_t column = p.panel * PANEL + p.first * W;
         sums.each([&](int i, int j, S sum) { write(value(sum, column + j * W), r + i, column + j * W); });
     }
     vf value(S sum, int64_t column) const {
-        if constexpr (T::PAIR == 4) return __builtin_convertvector(sum + load_as<vi>(call_.start + column), vf) * load(call_.scale + column);
+        if constexpr (T::PAIR == 4) return __builtin_convertvector(sum, vf) * load(call_.scale + column);
         else return sum;
     }
     void write(vf v, int64_t row, int64_t column) const {

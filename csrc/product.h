@@ -42,7 +42,7 @@ void product(int rows, int columns, const typename P::scalar* a, ptrdiff_t lda, 
         constexpr int N = n_vectors, MOST = HEIGHT<P, N>;
         for (int r = 0; r < rows; r += MOST)
             with_sums<P, N>(std::min(MOST, rows - r), [&](auto& sums) {
-                sums.clear();
+                out.begin(sums, r);
                 for (int part = 0; part < count; ++part)
                     sums.add(a + r * lda + part * a_part, lda, b[part] + n * P::PAIR, ldb, groups);
                 out.put(sums, r, n);

@@ -27,6 +27,11 @@ struct Sums {
     inline void clear() {
         each([](int, int, S& sum) { sum = S{}; });
     }
+    // Each starts from first(row, vector).
+    template <class F>
+    inline void begin(F first) {
+        each([=](int i, int j, S& sum) { sum = first(i, j); });
+    }
     // From and to where they wait, R N vectors.
     inline void recall(const S* from) {
         each([=](int i, int j, S& sum) { sum = from[i * N + j]; });
