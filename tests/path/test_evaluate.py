@@ -254,7 +254,8 @@ def test_json_and_table(model: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("line", "said"),
     [
         (["--tasks", "nothing"], "no task is called 'nothing'; choose one of: agreement, perplexity, context_gain"),
-        (["--lengths", "4096"], "a prompt of 4096 tokens takes 4225 with what follows it, the model's limit is 2048"),
+        (["--lengths", "2000"], "a prompt of 2000 tokens takes 2129 with what follows it, the model's limit is 2048"),
+        (["--lengths", "99999999"], "99999999 tokens are beyond the model's limit of 2048; give shorter --lengths"),
         (["--lengths", "512", "--max-model-len", "600"], "the model's limit is 600; give --lengths up to 471"),
         (["--lengths", "many"], "can't read the lengths 'many'"),
         (["--lengths", "0"], "give 1 or more"),

@@ -250,6 +250,10 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["run", "serve", "-p", "x", "--quick-brown"], "No such option: --quick-brown; see firstlight run --help"),
         (["methods", "show", "nothing"], "no method or schedule is called 'nothing'; choose one of: band"),
         (["bench", "ttft", "m", "--prompt-tokens", "many"], "can't read the lengths 'many'"),
+        (
+            ["bench", "ttft", "m", "--results", "x"],
+            "--results is for runs beside other engines; name some with --against",
+        ),
         (["bench", "decode", "m", "--tokens", "1"], "tokens=1"),
         (["bench", "throughput", "m", "--batch", "1,two"], "can't read the batch sizes '1,two'"),
     ],

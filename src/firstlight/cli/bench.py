@@ -71,6 +71,10 @@ def ttft(
     """
     lengths = numbers(prompt_tokens, "lengths")
     if against is None:
+        if results or sweep:
+            raise UserError(
+                f"{'--results' if results else '--sweep'} is for runs beside other engines; name some with --against"
+            )
         _bench(model, options, lengths, tokens, repeat, as_json)
         return
     from firstlight.evaluate.speed import check

@@ -141,6 +141,8 @@ class Session:
             self._options.max_model_len or self.checkpoint.config.max_context, self.checkpoint.config.max_context
         )
         for cell, task in self.grid.owners().items():
+            if cell.length > limit:  # before so much text is put together
+                raise UserError(f"{cell.length} tokens are beyond the model's limit of {limit}; give shorter --lengths")
             prepared = task.prepare(self._tokenizer, cell, self._options.seed)
             _check_context(cell, prepared.num_tokens, limit)
             self.work[cell] = Work(task, prepared)
