@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest import mock
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from firstlight.attention.band import Band, BandConfig
 from firstlight.attention.grid import Grid
@@ -14,6 +17,7 @@ from firstlight.core import registry
 from firstlight.core.attn import DENSE, PlanContext
 from firstlight.core.parts import Capability, Probe, Retention
 from firstlight.core.registry import Method
+from firstlight.engine import costs
 from firstlight.engine.costs import Costs, measure
 from firstlight.engine.planning import Planning
 from firstlight.engine.report import report
@@ -47,7 +51,7 @@ def looking(monkeypatch: pytest.MonkeyPatch) -> Subject:
 
 
 @pytest.mark.parametrize(
-    ("costs", "asked", "used"),
+    ("cost", "asked", "used"),
     [
         (CHEAP, True, True),
         (Costs(dense=1.0, block=1.0, column=1.0, operation=1e9), False, False),
@@ -55,10 +59,10 @@ def looking(monkeypatch: pytest.MonkeyPatch) -> Subject:
     ],
     ids=["pays", "planning is dear", "reading is dear"],
 )
-def test_a_plan_that_would_not_pay_is_left_aside(looking: Subject, costs: Costs, asked: bool, used: bool) -> None:
+def test_a_plan_that_would_not_pay_is_left_aside(looking: Subject, cost: Costs, asked: bool, used: bool) -> None:
     engine, prompts = looking.engine(), some_prompts(1, (300,))
     machine = engine.machine
-    machine.planning = Planning(machine.planning.digests, costs)
+    machine.planning = Planning(machine.planning.digests, cost)
     live = engine.add(asking("r0", prompts["r0"], rows := []))
     drain(engine)
     assert bool(Looking.asked) == asked
@@ -91,10 +95,24 @@ def test_costs_are_predicted_from_lists() -> None:
 
 def test_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     looking = Looking(BandConfig())
-    costs = measure(backend("torch"), MODEL, looking, torch.float32)
-    assert min(costs.dense, costs.block, costs.column, costs.operation) > 0
+    found = measure(backend("torch"), MODEL, looking, torch.float32)
+    assert min(found.dense, found.block, found.column, found.operation) > 0
     monkeypatch.setattr(Looking, "rehearse", lambda self, ctx: 1e18)
-    assert measure(backend("torch"), MODEL, looking, torch.float32).operation < costs.operation / 100
+    assert measure(backend("torch"), MODEL, looking, torch.float32).operation < found.operation / 100
+
+
+@given(begins=st.floats(0, 30), lasts=st.floats(0, 18))
+def test_a_disturbance_changes_no_cost(begins: float, lasts: float) -> None:
+    """Something that makes all slower for up to half of the time that measuring takes undisturbed."""
+    with mock.patch.object(costs, "time") as clock:
+        now = 0.0
+        clock.perf_counter.side_effect = lambda: now
+
+        def call(seconds: float) -> None:
+            nonlocal now
+            now += seconds * (5 if begins <= now < begins + lasts else 1)
+
+        assert costs._shortest(lambda: call(1.0), lambda: call(2.0)) == pytest.approx([1.0, 2.0])
 
 
 class Summing(Retention):

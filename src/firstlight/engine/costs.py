@@ -23,7 +23,7 @@ from firstlight.models.config import ModelConfig
 
 _ENTRIES, _ROWS, _Q_TILE = 2048, 256, 128
 _BLOCK_SHARE, _COLUMN_SHARE = 0.3, 0.05
-_REPEATS = 3
+_ROUNDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +56,26 @@ def measure(
     few = torch.rand(heads, tiles, _ENTRIES, generator=generator) < _COLUMN_SHARE
     pairs = float((ctx.tok + 1).sum()) * heads
 
-    def attend(plan: AttnPlan | None) -> float:
-        return _seconds(lambda: ops.attend(replace(call, plan=plan), 0, _ROWS))
+    def attend(plan: AttnPlan | None) -> Callable[[], object]:
+        return lambda: ops.attend(replace(call, plan=plan), 0, _ROWS)
 
+    operations, plan_something = _operations(planner, ctx)
+    dense, block, column, operation = _shortest(
+        attend(None), attend(grid.plan(blocks=some)), attend(grid.plan(columns=few)), plan_something
+    )
     return Costs(
-        dense=attend(None) / pairs,
-        block=attend(grid.plan(blocks=some)) / (float((some & grid.causal).sum()) * BLOCK * _Q_TILE),
-        column=attend(grid.plan(columns=few)) / (float(few.sum()) * _Q_TILE),
-        operation=_operation(planner, ctx),
+        dense=dense / pairs,
+        block=block / (float((some & grid.causal).sum()) * BLOCK * _Q_TILE),
+        column=column / (float(few.sum()) * _Q_TILE),
+        operation=operation / operations,
     )
 
 
-def _operation(planner: Planner, ctx: PlanContext) -> float:
-    """Seconds of one: of the planner's own rehearsal, else of a probe's."""
+def _operations(planner: Planner, ctx: PlanContext) -> tuple[float, Callable[[], object]]:
+    """How many, and what makes them: the planner's own rehearsal, else a probe."""
     if count := planner.rehearse(ctx):
-        return _seconds(lambda: planner.rehearse(ctx)) / count
-    return _seconds(lambda: list(probed(ctx, BLOCK))) / probe_operations(ctx, BLOCK)
+        return count, lambda: planner.rehearse(ctx)
+    return probe_operations(ctx, BLOCK), lambda: list(probed(ctx, BLOCK))
 
 
 def _sample(config: ModelConfig, dtype: torch.dtype, kind: type[KVLayout]) -> tuple[PlanContext, AttnCall]:
@@ -89,12 +93,15 @@ def _sample(config: ModelConfig, dtype: torch.dtype, kind: type[KVLayout]) -> tu
     return ctx, call
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The shortest of a few."""
-    call()
-    best = float("inf")
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - began)
+def _shortest(*calls: Callable[[], object]) -> list[float]:
+    """Seconds of each. They take turns, so that what disturbs the machine for a while disturbs all of them;
+    each twice, since the one before has left the caches to itself.
+    """
+    best = [float("inf")] * len(calls)
+    for _ in range(_ROUNDS):
+        for i, call in enumerate(calls):
+            for _ in range(2):
+                began = time.perf_counter()
+                call()
+                best[i] = min(best[i], time.perf_counter() - began)
     return best
