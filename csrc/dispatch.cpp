@@ -16,12 +16,13 @@ namespace firstlight {
     void add_norm(const RowArgs&, float*, int64_t, const float*, float);           \
     void add_rows(const RowArgs&, float*, int64_t);                                \
     void copy_rows(const RowArgs&);                                                \
+    void shift_rows(const RowArgs&, const float*);                                 \
     void rotate(const RowArgs&, int64_t, const float*, const float*);              \
     void gate_mul(const RowArgs&, Gate);                                           \
     void write_kv(const KVArgs&);                                                  \
     void matmul(const MatmulArgs&, Weights);                                       \
     static const Kernels kernels{#name, attend, rms_norm, add_norm, add_rows, copy_rows, \
-                                 rotate, gate_mul, write_kv, matmul};              \
+                                 shift_rows, rotate, gate_mul, write_kv, matmul};  \
     }
 FIRSTLIGHT_DECLARE(portable)
 FIRSTLIGHT_DECLARE(avx2)

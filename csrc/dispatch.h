@@ -17,6 +17,7 @@ struct Kernels {
     AddNorm add_norm;
     AddRows add_rows;
     CopyRows copy_rows;
+    ShiftRows shift_rows;
     Rotate rotate;
     GateMul gate_mul;
     WriteKV write_kv;

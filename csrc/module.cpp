@@ -103,6 +103,7 @@ NB_MODULE(_native, m) {
     m.def("add_norm", row_operator<&Kernels::add_norm, Address, int64_t, Address, float>(), unlocked);
     m.def("add_rows", row_operator<&Kernels::add_rows, Address, int64_t>(), unlocked);
     m.def("copy_rows", row_operator<&Kernels::copy_rows>(), unlocked);
+    m.def("shift_rows", row_operator<&Kernels::shift_rows, Address>(), unlocked);
     m.def("rotate", row_operator<&Kernels::rotate, int64_t, Address, Address>(), unlocked);
     m.def("gate_mul", row_operator<&Kernels::gate_mul, int>(), unlocked);
     m.def(
@@ -124,9 +125,10 @@ NB_MODULE(_native, m) {
             perform([=, kernels = active] { kernels->matmul(call, (Weights)weights); });
         },
         unlocked);
-    nb::class_<Tape>(m, "Tape", "calls of kernels and of Python's functions, to be made again")
+    nb::class_<Tape>(m, "Tape", "calls of kernels and of Python's functions, to be made later or again")
         .def(nb::init<>())
         .def_rw("is_whole", &Tape::is_whole, "whether running it does all that was done in the recording")
+        .def_rw("holds", &Tape::holds, "whether calls are noted only, to be made when it is run")
         .def("note", [](Tape& tape, nb::callable function, nb::tuple args) {
             tape.calls.emplace_back([function = std::move(function), args = std::move(args)] {
                 nb::gil_scoped_acquire held;
@@ -137,7 +139,9 @@ NB_MODULE(_native, m) {
             tape.calls.insert(tape.calls.end(), other.calls.begin(), other.calls.end());
             tape.is_whole &= other.is_whole;
         }, nb::arg("other"), "what another tape does, afterwards")
-        .def("run", &Tape::run, unlocked, "do it again");
+        .def("__len__", [](const Tape& tape) { return tape.calls.size(); })
+        .def("run", &Tape::run, unlocked, nb::arg("begin") = 0, nb::arg("end") = SIZE_MAX, "make calls [begin, end)")
+        .def("timed", &Tape::timed, unlocked, nb::arg("begin"), nb::arg("ends"), "make calls from `begin` up to each of these ends; the seconds of each stretch");
     m.def("record", [](Tape* tape) { return std::exchange(recorder, tape) != nullptr; }, nb::arg("tape").none(),
           "from now on this tape notes the thread's calls of kernels; None: nobody does");
 }

@@ -116,6 +116,14 @@ void copy_as(const RowArgs& a) {
 }
 
 template <class T>
+void shift_as(const RowArgs& a, const float* by) {
+    each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
+        const typename T::scalar* x = (const typename T::scalar*)a.in + i * a.in_row;
+        write_row<T>(a, i, 1.0f, [&](int64_t j, int n) { return some<T>(x + j, n) + some<F32>(by + j, n); });
+    });
+}
+
+template <class T>
 void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* sin) {
     using S = typename T::scalar;
     const int64_t half = a.width / 2;
@@ -209,6 +217,7 @@ void add_norm(const RowArgs& a, float* x, int64_t x_row, const float* gain, floa
 }
 void add_rows(const RowArgs& a, float* x, int64_t x_row) { (a.bf16 ? add_rows_as<BF16> : add_rows_as<F32>)(a, x, x_row); }
 void copy_rows(const RowArgs& a) { (a.bf16 ? copy_as<BF16> : copy_as<F32>)(a); }
+void shift_rows(const RowArgs& a, const float* by) { (a.bf16 ? shift_as<BF16> : shift_as<F32>)(a, by); }
 void rotate(const RowArgs& a, int64_t heads, const float* cos, const float* sin) {
     (a.bf16 ? rotate_as<BF16> : rotate_as<F32>)(a, heads, cos, sin);
 }

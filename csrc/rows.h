@@ -42,6 +42,8 @@ using AddNorm = void (*)(const RowArgs&, float* x, int64_t x_row, const float* g
 using AddRows = void (*)(const RowArgs&, float* x, int64_t x_row);
 // `in` as it is: times its scale, or as bytes.
 using CopyRows = void (*)(const RowArgs&);
+// `in` plus the same row of float32 for all.
+using ShiftRows = void (*)(const RowArgs&, const float* by);
 using Rotate = void (*)(const RowArgs&, int64_t heads, const float* cos, const float* sin);
 using GateMul = void (*)(const RowArgs&, Gate);
 using WriteKV = void (*)(const KVArgs&);

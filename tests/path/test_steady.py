@@ -133,6 +133,7 @@ def test_a_foreign_operator_is_not_replayed(monkeypatch: pytest.MonkeyPatch, rep
     def engine() -> Engine:
         made = tiny_engine(num_layers=LAYERS)
         finish = made.machine.model.finish
+        monkeypatch.setattr(made.machine.model, "can_hold", False)
         monkeypatch.setattr(made.machine.model, "finish", lambda layer, x, a: finish(layer, x, a * 0.5 if layer else a))
         return made
 

@@ -20,6 +20,7 @@ from firstlight.core.schedule import Segment
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.rates import padded
 from firstlight.kernels.contract import AttnRows
+from firstlight.kernels.memory import Memory
 from firstlight.models.decoder import Decoder
 
 
@@ -109,6 +110,8 @@ class Batch:
         """Those whose attention a part may ask for."""
         self.dtype = model.dtype
         self.layout = members[0].live.kv.pool.layout
+        self.memory = Memory()
+        """Lent to the operators of held layers."""
         self._blocks: dict[int, list[Block]] = {}
         self._scratch: dict[str, Tensor] = {}
         for member in self.members:
@@ -154,6 +157,12 @@ class Batch:
         """Around a layer: have it recorded, if it can be."""
         return nullcontext()
 
+    @property
+    def is_plain(self) -> bool:
+        """No part looks at any row, and every member knows where its K/V go."""
+        seen = self.observed or any(m.planner is not None for m in self.members)
+        return not seen and all(m.slots is not None for m in self.members)
+
     def view_numbers(self, layer: int) -> Any:
         """What `AttnCall.numbers` takes."""
         return None
@@ -163,7 +172,8 @@ class Batch:
         parts = [m.slots[layer - m.segment.layer[0]] for m in self.members if m.slots is not None]
         if len(parts) < len(self.members):
             return None
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._slots = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+        return self._slots
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         lo, hi = members[0].lo, members[-1].hi

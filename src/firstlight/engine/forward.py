@@ -31,6 +31,7 @@ from firstlight.engine.spans import joined
 from firstlight.engine.steady import Steady
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnCall, AttnRows
+from firstlight.kernels.tape import holding
 from firstlight.models.decoder import Decoder
 
 _INSIDE_LAYERS: tuple[YieldAt, ...] = ("slice", "op", "sublayer")
@@ -48,6 +49,8 @@ class Machine:
     planning: Planning
     linear: Rate = field(default_factory=Rate)
     attention: Rate = field(default_factory=Rate)
+    holds: bool = True
+    """Whether a layer's calls may be noted first and made afterwards; not while somebody watches them."""
     steady: Steady = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +62,11 @@ class Machine:
         if unit.yield_at in _INSIDE_LAYERS or seconds > SLICE_S:
             return 0
         return int(SLICE_S / seconds) if unit.yield_at == "none" else 1
+
+    def observe(self, stop: Stop, seconds: float) -> None:
+        """What the stretch before a stop took."""
+        if stop.work:
+            (self.attention if stop.op == "attend" else self.linear).observe(stop.work, seconds)
 
     def _seconds(self, rows: int, pairs: int) -> float:
         """A layer's predicted time, for so many rows and (row, key) pairs of dense attention."""
@@ -87,6 +95,8 @@ class Pass(Work):
         self._sourced = any(live.spans for live in self.lives)
         self._fine = True
         """Whether to stop inside layers."""
+        self._calls: list[tuple[Sequence[Member], AttnCall]] = []
+        """Attention of the layer that is under way."""
 
     def run(self) -> Generator[Stop, None, None]:
         for segments in self._rounds():
@@ -198,8 +208,34 @@ class Pass(Work):
             self._load(layer)
         aside = self._before(layer) if self._governed else []
         batch = self._batch or self._gather()
+        stretches = self._compute(layer, batch, aside)
         with batch.recording(layer):
-            yield from self._compute(layer, batch, aside)
+            for stop, seconds in self._held(batch, stretches) if self._holds(batch) else _timed(stretches):
+                self.machine.observe(stop, seconds)
+                if self._fine:
+                    yield stop
+        self._count()
+
+    def _holds(self, batch: Batch) -> bool:
+        """Whether nothing but kernels touches memory in a layer: no part looks at rows, and all places are known."""
+        return self.machine.holds and self.machine.model.can_hold and batch.is_plain
+
+    def _held(self, batch: Batch, stretches: Iterator[Stop]) -> Iterator[tuple[Stop, float]]:
+        """A layer whose calls are all noted before the first one is made (kernels/tape.py), and what stretches took."""
+        stops: list[Stop] = []
+        ends = [0]
+        with holding(batch.memory) as tape:
+            for stop in stretches:
+                if len(tape) > ends[-1]:
+                    stops.append(stop)
+                    ends.append(len(tape))
+                else:  # nothing to be done since the last one
+                    stops[-1] = stops[-1]._replace(level=stop.level)
+        if not self._fine:
+            yield from zip(stops, tape.timed(0, ends[1:]))
+            return
+        for stop, begin, end in zip(stops, ends, ends[1:]):
+            yield stop, tape.timed(begin, [end])[0]
 
     def _gather(self) -> Batch:
         """The members' rows as a batch, and whether to stop inside its layers; a steady one, if that may be."""
@@ -223,13 +259,11 @@ class Pass(Work):
         yield from self._attend(layer, batch, q, attended, probes)
         for m in batch.governed:
             self._row_cuts.after_attend(m, layer, probes.obs(m) if probes else None)
-        if self._fine:
-            yield Stop("sublayer", layer, "attend")
+        yield Stop("sublayer", layer, "attend")
         batch, attended = self._early(layer, batch, attended)
-        yield from self._finish(layer, batch.blocks(step), attended)
+        yield from self._finish(layer, batch, batch.blocks(step), attended)
         self._after(layer, batch, probes, aside)
-        if self._fine:
-            yield Stop("sublayer", layer, "mlp")
+        yield Stop("sublayer", layer, "mlp")
 
     def _load(self, layer: int) -> None:
         """What sources have for the layer: cells, and rows that can be revived."""
@@ -275,11 +309,10 @@ class Pass(Work):
         whole = batch.scratch("qkv", (sum(heads) * c.head_dim,)) if len(blocks) > 1 else None
         for block in blocks:
             room = None if whole is None else whole[block.lo : block.hi]
+            batch.memory.begin()
             made: Sequence[Tensor] = model.qkv(layer, block.x, block.cos, block.sin, room)
-            if self._fine:
-                yield Stop("slice", layer, "qkv")
-        if self._fine:
-            yield Stop("op", layer, "qkv")
+            yield Stop("slice", layer, "qkv")
+        yield Stop("op", layer, "qkv")
         return made if whole is None else whole.view(len(whole), -1, c.head_dim).split_with_sizes(heads, 1)
 
     def _write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
@@ -315,16 +348,15 @@ class Pass(Work):
         for members, rows in batch.groups:
             call = self._call(layer, members, rows, q, out, probes)
             call.numbers = batch.view_numbers(layer)
-            if self._fine:
-                for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
-                    began, dense, visible = time.perf_counter(), call.stats.dense, call.stats.visible
-                    ops.attend(call, r0, r1)
-                    read = (call.stats.visible - visible) / (call.stats.dense - dense)
-                    rate.observe(work * read, time.perf_counter() - began)
-                    yield Stop("slice", layer, "attend")
-            else:
+            self._calls.append((members, call))
+            if not self._fine:
                 ops.attend(call, 0, rows.row_ptr[-1])
-            self._count(members, call)
+                continue
+            for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
+                dense, visible = call.stats.dense, call.stats.visible
+                ops.attend(call, r0, r1)
+                read = (call.stats.visible - visible) / (call.stats.dense - dense) if call.plan else 1.0
+                yield Stop("slice", layer, "attend", work * read)
 
     def _call(
         self, layer: int, members: Sequence[Member], rows: AttnRows, q: Tensor, out: Tensor, probes: Probes | None
@@ -347,23 +379,23 @@ class Pass(Work):
             probe=probe,
         )
 
-    def _count(self, members: Sequence[Member], call: AttnCall) -> None:
+    def _count(self) -> None:
         """Density is reported for prompts, over the triangle of all their tokens, those without a row included."""
-        heads = call.q.shape[1]
-        for i, m in enumerate(members):
-            if not m.decode:
-                first, end = m.segment.tok
-                m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
-                m.live.stats.visible += call.stats.visible if len(members) == 1 else call.num_read(i) * heads
+        for members, call in self._calls:
+            heads = call.q.shape[1]
+            for i, m in enumerate(members):
+                if not m.decode:
+                    first, end = m.segment.tok
+                    m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
+                    m.live.stats.visible += call.stats.visible if call.plan else call.num_read(i) * heads
+        self._calls.clear()
 
-    def _finish(self, layer: int, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
-        model, rate = self.machine.model, self.machine.linear
+    def _finish(self, layer: int, batch: Batch, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
+        model = self.machine.model
         for block in blocks:
-            began = time.perf_counter()
+            batch.memory.begin()
             model.finish(layer, block.x, attended[block.lo : block.hi])
-            rate.observe(model.layer_flops * (block.hi - block.lo), time.perf_counter() - began)
-            if self._fine:
-                yield Stop("slice", layer, "mlp")
+            yield Stop("slice", layer, "mlp", model.layer_flops * (block.hi - block.lo))
 
     def _after(
         self, layer: int, batch: Batch, probes: Probes | None, aside: Sequence[tuple[Member, Tensor, Tensor]]
@@ -396,3 +428,11 @@ class Pass(Work):
                 live.kv.keep(layer, idx)
             case Merge(assign, mode):
                 live.kv.merge(layer, assign, mode)
+
+
+def _timed(stretches: Iterator[Stop]) -> Iterator[tuple[Stop, float]]:
+    """Stops, and what the stretches before them took."""
+    began = time.perf_counter()
+    for stop in stretches:
+        yield stop, time.perf_counter() - began
+        began = time.perf_counter()

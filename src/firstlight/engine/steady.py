@@ -27,7 +27,8 @@ from firstlight.engine.rates import padded
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnRows
 from firstlight.kernels.kv_layout import BLOCK
-from firstlight.kernels.tape import Memory, Tape, recording
+from firstlight.kernels.memory import Memory
+from firstlight.kernels.tape import Tape, recording
 from firstlight.models.decoder import Decoder
 
 Stride = Callable[[int, int], int]
@@ -228,6 +229,10 @@ class SteadyBatch(Batch):
         self.x, self.cos, self.sin = arena.x, arena.cos, arena.sin
         self.tok = self.pos = arena.tok[: self.n]
         self._scratch["attended"] = arena.attended
+
+    @property
+    def is_plain(self) -> bool:
+        return False  # its layers are recorded
 
     def head(self, model: Decoder) -> Tensor:
         return self._arena.head(self.n)

@@ -24,6 +24,8 @@ class Stop(NamedTuple):
     level: YieldAt
     layer: int
     op: str
+    work: float = 0.0
+    """Operations of its kind (`op`) since the last stop, where that is a measure of speed."""
 
 
 class Work(ABC):

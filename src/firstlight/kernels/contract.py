@@ -105,8 +105,11 @@ class AttnCall:
         if view.tok is not None:
             counts = [torch.searchsorted(view.tok[h, :n], tok, right=True).sum() for h, n in enumerate(view.length)]
             return int(torch.stack(counts).sum()) // len(counts)
-        read = tok + 1
-        return int((read if self.model_window is None else read.clamp(max=self.model_window)).sum())
+        key = ("read", i, self.model_window)
+        if key not in self.rows.memo:
+            read = tok + 1
+            self.rows.memo[key] = int((read if self.model_window is None else read.clamp(max=self.model_window)).sum())
+        return int(self.rows.memo[key])
 
 
 class Attend(Protocol):

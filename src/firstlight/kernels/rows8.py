@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from firstlight.kernels.memory import empty
+
 MIN_ROWS = 4
 """Below a few rows oneDNN takes a matrix-vector path, with other bits and less speed."""
 ZERO_POINT = 128
@@ -29,7 +31,7 @@ class Rows8(NamedTuple):
 
 def empty_rows8(n: int, width: int) -> Rows8:
     """Rows to be written."""
-    return Rows8(torch.empty(max(n, MIN_ROWS), width, dtype=torch.uint8), torch.empty(n))
+    return Rows8(empty((max(n, MIN_ROWS), width), torch.uint8), empty((n,), torch.float32))
 
 
 def hadamard_block(width: int) -> int:

@@ -1,4 +1,7 @@
-"""Recording what a stretch of a pass does to memory, to do it again without the Python that decided it.
+"""Calls of kernels that are noted: to be made later (`holding`), or again and again (`recording`).
+
+Held calls are all that some stretch of a pass has to do. Python decides the whole stretch while its own code is in the
+caches, which every kernel sweeps out of them, and then has the calls made, piece by piece, without it.
 
 A recording hears the compiled kernels' calls and PyTorch's operators while they run. Kernels work on addresses, so the
 same calls do the same to whatever lies there the next time. Of PyTorch's operators views do nothing, those that only
@@ -14,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from firstlight.kernels.memory import Memory
 from firstlight.kernels.native import lib
 
 _EMPTY = torch.ops.aten.empty.memory_format
@@ -27,6 +30,12 @@ if TYPE_CHECKING or lib is None:
 
         is_whole = True
         """Whether running it does all that was done in the recording."""
+        holds = False
+        """Whether calls are noted only, to be made when it is run."""
+
+        def __len__(self) -> int:
+            """Calls so far."""
+            return 0
 
         def note(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
             """One more, of Python's own."""
@@ -34,32 +43,32 @@ if TYPE_CHECKING or lib is None:
         def extend(self, other: Tape) -> None:
             """What another tape does, afterwards."""
 
-        def run(self) -> None:
-            """Do it again, without Python's lock."""
+        def run(self, begin: int = 0, end: int = ...) -> None:
+            """Make calls [begin, end), all by default, without Python's lock."""
+
+        def timed(self, begin: int, ends: Sequence[int]) -> list[float]:
+            """Make calls from `begin` up to each of these ends: the seconds that each stretch took."""
+            return []
 
 else:
     Tape = lib.Tape
 
 
-class Memory:
-    """Tensors that recordings are handed when they ask for memory; every recording begins again with the first ones."""
+@contextlib.contextmanager
+def holding(memory: Memory) -> Iterator[Tape]:
+    """Kernels that this thread calls inside are noted and not run, their results lie in `memory`: `Tape.run` runs them.
 
-    def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
-
-    def lender(self) -> Callable[[Sequence[int], torch.dtype], Tensor]:
-        """For one recording: [..] of a type, never the same tensor twice."""
-        given = {key: iter(tensors) for key, tensors in self._kept.items()}
-
-        def lend(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            key = (tuple(shape), dtype)
-            tensor = next(given.get(key, iter(())), None)
-            if tensor is None:
-                tensor = torch.empty(shape, dtype=dtype)
-                self._kept.setdefault(key, []).append(tensor)
-            return tensor
-
-        return lend
+    Whoever calls them keeps alive what else they point to, and calls nothing but kernels.
+    """
+    assert lib is not None
+    tape = Tape()
+    tape.holds = True
+    lib.record(tape)
+    try:
+        with memory.lent():
+            yield tape
+    finally:
+        lib.record(None)
 
 
 @contextlib.contextmanager
@@ -67,6 +76,7 @@ def recording(memory: Memory) -> Iterator[Tape]:
     """The tape of what this thread does inside; it is whole, or not, at the end."""
     assert lib is not None
     tape = Tape()
+    memory.begin()
     lib.record(tape)
     try:
         with _Operators(tape, memory):
@@ -85,14 +95,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tape: Tape, memory: Memory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._tape, self._lend = tape, memory.lender()
+        self._tape, self._memory = tape, memory
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         how = dict(kwargs or {})
         if func is _EMPTY and _is_plain_memory(**how):
-            return self._lend(args[0], how.get("dtype") or torch.get_default_dtype())
+            return self._memory.empty(args[0], how.get("dtype") or torch.get_default_dtype())
         with self:  # what is made of other operators is what they are
             made = func.decompose(*args, **how)
         if made is not NotImplemented:

@@ -46,6 +46,8 @@ class Decoder:
 
     activation: ClassVar[str] = "silu"
     """As config.json names it."""
+    all_kernels: ClassVar[bool] = False
+    """Whether a layer's halves call the backend's operators and do nothing else to what is in memory."""
     tied: ClassVar[bool] = False
     """Whether the head is the embedding where config.json doesn't say."""
 
@@ -127,7 +129,7 @@ class Decoder:
             self.linears.take(name, parts)
         self.dtype = self.linears.dtype
         self._embedding = pieces.get(EMBEDDING)
-        self._centres = None if centres is None or config.score_cap else [c.to(self.dtype) for c in centres]
+        self._centres = None if centres is None or config.score_cap else [-c.to(self.dtype).float() for c in centres]
         if self._embedding is not None and backend.layout(self.dtype) == "rows":
             self._embedding = self._embedding.clone()  # linears were packed anew: nothing else holds the file
         self.precision = "int8" if int8 else str(self.dtype).removeprefix("torch.")
@@ -138,6 +140,8 @@ class Decoder:
         self._bias = [_joined_biases(layer) for layer in layers]
         self.row_flops = sum(2.0 * math.prod(s) * self._used(name) for name, s in self.linears.shapes.items())
         """Operations of all linears for one row, the head apart."""
+        self.can_hold = self.all_kernels and self.linears.all_kernels
+        """Whether calls of a layer's halves may be noted first and made later (kernels/tape.py)."""
         self.layer_flops = self.row_flops / config.num_layers
         self._tables = _tables(config, served or config.max_context)
         local = config.local_layers if config.local_rope_theta else ()
@@ -168,7 +172,7 @@ class Decoder:
         cos, sin = (t[table] / (self._tables[table][1] if again else 1.0) for t in self.rope(by))
         k = k.to(self.dtype, copy=True).contiguous()
         if again and self._centres is not None:
-            k += self._centres[layer]
+            self.ops.shift_rows(k, -self._centres[layer])
         return self._centred(layer, self.ops.rotate(k, cos.contiguous(), sin.contiguous()))
 
     def qkv(
@@ -184,7 +188,7 @@ class Decoder:
         if bias is not None or has_norms:
             heads, scale = self._finished(heads, scale), None
         if bias is not None:
-            heads.add_(bias)
+            self.ops.shift_rows(heads, bias)
         heads = heads.view(x.shape[0], -1, c.head_dim)
         hq, turning = c.num_heads, c.num_heads + c.num_kv_heads
         if has_norms:
@@ -235,7 +239,9 @@ class Decoder:
 
     def _centred(self, layer: int, k: Tensor) -> Tensor:
         """Rotated keys k [n, Hkv, d] without what all keys of the layer share: in place."""
-        return k if self._centres is None else k.sub_(self._centres[layer])
+        if self._centres is not None:
+            self.ops.shift_rows(k, self._centres[layer])
+        return k
 
     def _finished(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """x [n, ..] times its rows' scale, in place: for what follows a linear and doesn't do that itself."""
@@ -303,9 +309,9 @@ def _plain(weight: Weight) -> Tensor:
 
 
 def _joined_biases(layer: Mapping[str, Tensor]) -> Tensor | None:
-    """q, k and v's biases as one; None if there are none."""
+    """q, k and v's biases as one, f32; None if there are none."""
     names = [f"self_attn.{p}_proj.bias" for p in "qkv"]
-    return torch.cat([layer[name] for name in names]) if names[0] in layer else None
+    return torch.cat([layer[name] for name in names]).float() if names[0] in layer else None
 
 
 def _parts(linears: Any, name: str, joined: Sequence[Weight]) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,8 @@ from firstlight.models.fields import Fields
 class Llama(Decoder):
     """The shared layer math and nothing else. GGUF files interleave the two halves that RoPE turns."""
 
+    all_kernels = True
+
     @classmethod
     def from_gguf(cls, c: ModelConfig, name: str, values: Tensor) -> Tensor:
         if ".q_proj." in name:

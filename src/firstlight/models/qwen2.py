@@ -10,6 +10,8 @@ from firstlight.models.fields import Fields
 class Qwen2(Decoder):
     """The shared layer math with biases."""
 
+    all_kernels = True
+
     @classmethod
     def layer_tensors(cls, c: ModelConfig) -> LayerTensors:
         biases: LayerTensors = {

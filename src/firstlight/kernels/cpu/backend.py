@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from firstlight.kernels.cpu.attention import attend, attend_work, view_numbers
 from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, layout, linear
-from firstlight.kernels.cpu.ops import add_norm, add_rows, gelu_mul, quantise, rms_norm, rotate, scale_rows, silu_mul
+from firstlight.kernels.cpu.ops import (
+    add_norm,
+    add_rows,
+    gelu_mul,
+    quantise,
+    rms_norm,
+    rotate,
+    scale_rows,
+    shift_rows,
+    silu_mul,
+)
 from firstlight.kernels.torch.ops import dependent_linears
 
 READS_BLOCKS = True
@@ -26,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "scale_rows",
+    "shift_rows",
     "silu_mul",
     "view_numbers",
 ]

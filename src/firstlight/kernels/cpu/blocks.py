@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firstlight.kernels.blocks import Quants, Stored, unpacked
+from firstlight.kernels.memory import empty
 from firstlight.kernels.native import lib
 from firstlight.kernels.torch.ops import Parts
 
@@ -43,7 +44,7 @@ class Blocks:
         """x [n, I] -> [n, O] of x's type, float32 if `wide`."""
         assert lib is not None and x.stride(1) == 1
         n, (outputs, width) = len(x), self.shape
-        out = torch.empty(n, outputs, dtype=torch.float32 if wide else self.dtype) if out is None else out
+        out = empty((n, outputs), torch.float32 if wide else self.dtype) if out is None else out
         first, how = out.data_ptr(), (torch.get_num_threads(), _KINDS[self.dtype], wide, 0, 0)
         for piece in self._pieces:
             where = (x.data_ptr(), 0, first, x.stride(0), out.stride(0), n, width, piece.outputs)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from firstlight.kernels.blocks import Stored
 from firstlight.kernels.cpu.blocks import Blocks
+from firstlight.kernels.memory import empty
 from firstlight.kernels.native import lib
 from firstlight.kernels.rows8 import ZERO_POINT
 from firstlight.kernels.torch import int8, ops
@@ -66,6 +67,8 @@ class Panels:
         self._panels, self._scale, self._start = parts["panels"], parts.get("scale"), parts.get("start")
         self._kind, group = _KINDS[self._panels.dtype], self._panels.shape[-1]
         self._missing = -self.width % group
+        self.pads = self._missing > 0
+        """Whether its input must be made wider first."""
         self._words = self._panels.view(torch.int32)[..., 0].numpy()
         """[O / 64, I / G, 64]: numpy picks rows at a fifth of what it takes PyTorch after a decode step."""
 
@@ -75,7 +78,7 @@ class Panels:
         if self._missing:
             x = F.pad(x, (0, self._missing))
         dtype = torch.float32 if wide or self._kind == 0 else torch.bfloat16
-        out = torch.empty(len(x), self.outputs, dtype=dtype) if out is None else out
+        out = empty((len(x), self.outputs), dtype) if out is None else out
         n, width = len(out), x.shape[1]
         where = (x.data_ptr(), self._panels.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), n, width)
         how = (torch.get_num_threads(), self._kind, wide, _address(self._scale), _address(self._start))
@@ -102,6 +105,10 @@ class PackedLinears(ops.PackedLinears):
     def __init__(self, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
         super().__init__(weights)
         _trim()
+
+    @property
+    def all_kernels(self) -> bool:
+        return all(map(_is_kernel, self._packed.values()))
 
     def parts(self, name: str, joined: Sequence[Tensor | Stored]) -> Parts:
         stored = [w for w in joined if isinstance(w, Stored)]
@@ -151,6 +158,10 @@ class Int8Linears(int8.Int8Linears):
         super().__init__(weights, spread, plain, ops)
         _trim()
 
+    @property
+    def all_kernels(self) -> bool:
+        return all(map(_is_kernel, self._packed.values())) and self._plain.all_kernels
+
     def _packed_parts(self, values: Tensor, scale: Tensor) -> Parts:
         return super()._packed_parts(values, scale) if has_tiles() else Panels.packed(values, scale)
 
@@ -172,6 +183,10 @@ def _plain(w: Tensor | Stored) -> Tensor:
 
 def _product(w: Tensor) -> Product:
     return ops.OneDnn(w) if layout(w.dtype) == "rows" else Panels(w)
+
+
+def _is_kernel(product: Product) -> bool:
+    return isinstance(product, Blocks) or (isinstance(product, Panels) and not product.pads)
 
 
 def _trim() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from firstlight.kernels.memory import empty
 from firstlight.kernels.native import lib
 from firstlight.kernels.rows8 import Rows8, empty_rows8
 
@@ -22,7 +23,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     assert lib is not None and gain.dtype == torch.float32 and gain.is_contiguous()
     width = x.shape[-1]
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, width)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = empty(x.shape, x.dtype)
     lib.rms_norm(*_rows(rows, out, width), gain.data_ptr(), eps)
     return out
 
@@ -56,6 +57,13 @@ def scale_rows(x: Tensor, scale: Tensor) -> None:
     """x [n, ..] *= scale f32 [n], in place; a row's scalars lie together."""
     assert lib is not None and (x.dim() == 2 or x.stride(1) == x.shape[2])
     lib.copy_rows(*_rows(x, x, x.shape[1:].numel(), scale))
+
+
+def shift_rows(x: Tensor, by: Tensor) -> None:
+    """x [n, ..] += by f32 [..] in each row, in place; a row's scalars lie together."""
+    assert lib is not None and by.dtype == torch.float32 and by.is_contiguous()
+    assert x.dim() == 2 or x.stride(1) == x.shape[2]
+    lib.shift_rows(*_rows(x, x, by.numel()), by.data_ptr())
 
 
 def quantise(x: Tensor, smooth: Tensor) -> Rows8:
@@ -93,7 +101,7 @@ def _gate_mul(gate_up: Tensor, gate: int, scale: Tensor | None, smooth: Tensor |
 
 
 def _output(n: int, width: int, dtype: torch.dtype, smooth: Tensor | None) -> Tensor | Rows8:
-    return torch.empty(n, width, dtype=dtype) if smooth is None else empty_rows8(n, width)
+    return empty((n, width), dtype) if smooth is None else empty_rows8(n, width)
 
 
 def _rows(

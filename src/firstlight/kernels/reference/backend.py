@@ -12,6 +12,7 @@ from firstlight.kernels.reference.ops import (
     rms_norm,
     rotate,
     scale_rows,
+    shift_rows,
     silu_mul,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "scale_rows",
+    "shift_rows",
     "silu_mul",
 ]

@@ -42,6 +42,11 @@ def scale_rows(x: Tensor, scale: Tensor) -> None:
     x.copy_(_scaled(x, scale))
 
 
+def shift_rows(x: Tensor, by: Tensor) -> None:
+    """x [n, ..] += by [..] in each row."""
+    x.add_(by)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) of x [n, H, D] by its angle -> [n, H, D].
 

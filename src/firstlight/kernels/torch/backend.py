@@ -15,6 +15,7 @@ from firstlight.kernels.torch.ops import (
     rms_norm,
     rotate,
     scale_rows,
+    shift_rows,
     silu_mul,
 )
 from firstlight.kernels.torch.quantise import quantise
@@ -38,5 +39,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "scale_rows",
+    "shift_rows",
     "silu_mul",
 ]

@@ -22,6 +22,11 @@ _LEAST = 1e-12
 class Int8Linears:
     """`Linears` with int8 weights, but for those that stay in the compute type."""
 
+    @property
+    def all_kernels(self) -> bool:
+        """Whether a product does nothing but call compiled kernels."""
+        return False
+
     def __init__(
         self,
         weights: Iterable[tuple[str, Tensor]],

@@ -57,6 +57,11 @@ def scale_rows(x: Tensor, scale: Tensor) -> None:
     x.copy_(_scaled(x, scale))
 
 
+def shift_rows(x: Tensor, by: Tensor) -> None:
+    """x [n, ..] += by f32 [..] in each row, in place."""
+    x.copy_(x.float() + by)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> Tensor:
     """RoPE on halves, in place (arXiv 2104.09864, eq. 34). x [n, H, D] -> x; cos, sin f32 [n, D], sin signed.
 
@@ -145,6 +150,11 @@ def layout(dtype: torch.dtype) -> str:
 
 class PackedLinears:
     """`Linears` over weights packed once for oneDNN."""
+
+    @property
+    def all_kernels(self) -> bool:
+        """Whether a product does nothing but call compiled kernels."""
+        return False
 
     def __init__(self, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
         """`weights`: names and [O, I] in the compute dtype, which nobody need hold once they are packed.
