@@ -155,7 +155,7 @@ def test_the_same_on_the_real_model(real: Decoder) -> None:
     """Under the row policy in some of the examples."""
 
     def law(seed: int, seen: Seen) -> None:
-        lengths, most = ([1, 31, 64, 65, 90, 130], 4) if seed % 8 else ([2101], 1)
+        lengths, most = ([1, 31, 64, 65, 90, 130], 4) if seed % 19 else ([2101], 1)
         asked = example(seed, lengths, 49000)[:most]
         rows = [] if seed % 3 else [Everything(seed, real.config.num_layers).part()]
         got, policy = chaotic(real, asked, seed, rows)
