@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from types import FunctionType
 
 import pytest
 import torch
 from answers import BF16, F32, backend, each_backend, each_dtype, threads
+from test_int8 import CALLS
 from torch import Tensor
+
+from firstlight.kernels.reference import ops as reference
 
 OPS = ["rms_norm", "add_norm", "rotate", "silu_mul", "gelu_mul", "linear"]
 SHAPES = [(1, 1, 64), (3, 3, 64), (4, 9, 64), (5, 1, 256), (67, 2, 128), (300, 4, 64)]
@@ -66,6 +70,12 @@ def formula(op: str, x: Tensor, rest: list) -> Tensor:
         inner = gate if op == "silu_mul" else (gate + 0.044715 * gate**3) * (8 / math.pi) ** 0.5
         return gate / (1 + torch.exp(-inner)) * up
     return torch.einsum("ni,oi->no", x, rest[0].double())
+
+
+def test_no_operator_is_forgotten() -> None:
+    """Whatever the judge has is judged: here, or with its scales in test_int8.py."""
+    public = {name for name, each in vars(reference).items() if isinstance(each, FunctionType) and name[0] != "_"}
+    assert {name for name in public if vars(reference)[name].__module__ == reference.__name__} <= {*OPS, *CALLS}
 
 
 @each_dtype

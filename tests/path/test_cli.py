@@ -38,7 +38,7 @@ def no_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def firstlight(*arguments: str, **settings: int) -> subprocess.Popen[bytes]:
     """The program as a process of its own."""
-    command = [sys.executable, "-m", "firstlight.cli.main", *arguments]
+    command = [sys.executable, "-m", "firstlight.cli", *arguments]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **(streams | settings))
 
@@ -142,7 +142,11 @@ def test_a_contest_of_our_own_engines(model: str, tmp_path: Path, capsys: pytest
             "no schedule is called 'nothing'; choose one of: flowprefill, layered, sarathi",
         ),
         (["-p", "x", "--kv-memory", "1KiB"], "KV"),
-        (["-f", str(DOCUMENT), "-p", "x", "--max-model-len", "100"], "tokens, the limit is 99"),
+        (
+            ["-f", str(DOCUMENT), "-p", "x", "--max-model-len", "100"],
+            "tokens, the limit is 99; shorten it or raise max_model_len",
+        ),
+        (["-p", "x " * 9000], "tokens, the limit is 8191; shorten it\n"),
     ],
 )
 def test_the_engines_refusals(line: list[str], said: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +182,7 @@ def chat(model: str, tmp_path: Path) -> Callable[..., Terminal]:
     """A chat with the shared weight cache, and a history of its own."""
     (tmp_path / "weights").symlink_to(cache_dir() / "weights")
     env = {"FIRSTLIGHT_CACHE": str(tmp_path)}
-    return lambda *flags: Terminal(["-m", "firstlight.cli.main", "run", model, *flags], env)
+    return lambda *flags: Terminal(["-m", "firstlight.cli", "run", model, *flags], env)
 
 
 def test_a_chat(chat: Callable[..., Terminal]) -> None:

@@ -6,21 +6,28 @@ under a row policy that drops, parks, revives and waits at a barrier.
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from firstlight.cli.docs import checkout
+from firstlight.evaluate.chaos import Chaos
 from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.native import lib
 from firstlight.models.decoder import Decoder
 from firstlight.models.families import FAMILIES, build_model
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.values import Weights
-from tests.path.law_runs import Asked, chaotic, differences, one_shot, only_sampled, scheduled
+from tests.path.law_runs import Asked, Logits, chaotic, differences, one_shot, only_sampled, scheduled
 from tests.path.laws import Everything
 from tests.tiny import tiny_model
 
@@ -65,12 +72,42 @@ def example(seed: int, lengths: list[int], vocabulary: int) -> list[Asked]:
     return asked
 
 
-@settings(max_examples=EXAMPLES)
-@given(seed=seeds)
-def test_any_schedule_gives_the_bits_of_one_dense_pass(small: Decoder, seed: int) -> None:
-    asked = example(seed, LENGTHS, 320)
-    got, _ = chaotic(small, asked, seed)
-    assert differences(got, one_shot(small, asked)) == []
+@dataclass
+class Seen:
+    """What examples did: a law is worth what was tried."""
+
+    examples: int = 0
+    preempted: int = 0
+    yielded: int = 0
+    long: int = 0
+
+    def note(self, asked: list[Asked], policy: Chaos) -> None:
+        self.examples += 1
+        self.preempted += policy.num_preempted > 0
+        self.yielded += policy.num_yielded > 0
+        self.long += any(len(a.ids) > 2100 for a in asked)
+
+    def check(self) -> None:
+        """Preemption in a fifth of them at least, yields in many, some past two splits and a block of rows."""
+        assert self.examples >= EXAMPLES and self.long >= 2, self
+        assert self.preempted >= self.examples / 5 and self.yielded >= self.examples / 3, self
+
+
+def hold(law: Callable[[int, Seen], None]) -> None:
+    """Try a law on examples, and see that they were good ones."""
+    seen = Seen()
+    settings(max_examples=EXAMPLES)(given(seed=seeds)(lambda seed: law(seed, seen)))()
+    seen.check()
+
+
+def test_any_schedule_gives_the_bits_of_one_dense_pass(small: Decoder) -> None:
+    def law(seed: int, seen: Seen) -> None:
+        asked = example(seed, LENGTHS, 320)
+        got, policy = chaotic(small, asked, seed)
+        seen.note(asked, policy)
+        assert differences(got, one_shot(small, asked)) == []
+
+    hold(law)
 
 
 @settings(max_examples=EXAMPLES)
@@ -81,17 +118,19 @@ def test_the_same_with_a_prefix_cache(small: Decoder, seed: int) -> None:
     assert differences(only_sampled(got, asked), only_sampled(one_shot(small, asked), asked)) == []
 
 
-@settings(max_examples=EXAMPLES)
-@given(seed=seeds)
-def test_the_same_under_a_row_policy(deep: Decoder, seed: int) -> None:
-    asked = example(seed, LENGTHS, 320)
-    rows = Everything(seed, 5)
-    got, _ = chaotic(deep, asked, seed, parts=[rows.part()])
-    want = one_shot(deep, asked, parts=[rows.part()])
-    assert differences(got, want) == []
-    assert sum(len(r) for r in want.values()) < sum(len(a.ids) + a.new_tokens for a in asked) or all(
-        len(a.ids) < 10 for a in asked
-    ), "the policy cut nothing"
+def test_the_same_under_a_row_policy(deep: Decoder) -> None:
+    def law(seed: int, seen: Seen) -> None:
+        asked = example(seed, LENGTHS, 320)
+        rows = Everything(seed, 5)
+        got, policy = chaotic(deep, asked, seed, parts=[rows.part()])
+        seen.note(asked, policy)
+        want = one_shot(deep, asked, parts=[rows.part()])
+        assert differences(got, want) == []
+        assert sum(len(r) for r in want.values()) < sum(len(a.ids) + a.new_tokens for a in asked) or all(
+            len(a.ids) < 10 for a in asked
+        ), "the policy cut nothing"
+
+    hold(law)
 
 
 SCHEDULES = [
@@ -112,13 +151,18 @@ def test_every_schedule_on_a_tiny_model(schedule: str, kind: str, seed: int) -> 
     assert differences(scheduled(model, asked, schedule, seed, rows), one_shot(model, asked, rows)) == []
 
 
-@settings(max_examples=EXAMPLES)
-@given(seed=seeds)
-def test_the_same_on_the_real_model(real: Decoder, seed: int) -> None:
-    lengths = [1, 31, 64, 65, 90, 130] if seed % 12 else [20, 2101]
-    asked = example(seed, lengths, 49000)[: 4 if seed % 12 else 1]
-    got, _ = chaotic(real, asked, seed)
-    assert differences(got, one_shot(real, asked)) == []
+def test_the_same_on_the_real_model(real: Decoder) -> None:
+    """Under the row policy in some of the examples."""
+
+    def law(seed: int, seen: Seen) -> None:
+        lengths, most = ([1, 31, 64, 65, 90, 130], 4) if seed % 19 else ([2101], 1)
+        asked = example(seed, lengths, 49000)[:most]
+        rows = [] if seed % 3 else [Everything(seed, real.config.num_layers).part()]
+        got, policy = chaotic(real, asked, seed, rows)
+        seen.note(asked, policy)
+        assert differences(got, one_shot(real, asked, rows)) == []
+
+    hold(law)
 
 
 @pytest.fixture(
@@ -146,14 +190,32 @@ def test_every_family_obeys_the_laws(cousin: Decoder, seed: int) -> None:
     )
 
 
-def test_the_examples_do_what_they_claim() -> None:
-    """Preemption in a fifth of them at least, yields in most, lengths past two splits in some."""
-    model = tiny_model()
-    preempted = yielded = long = 0
-    for seed in range(EXAMPLES):
+def test_outside_deterministic_mode() -> None:
+    """In a process whose instruction set nobody capped: float32 within 1e-4, bf16 as near to it as one dense pass."""
+    env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    code = "from tests.path import test_laws; test_laws.measure_loosely()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=checkout(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["f32"] <= 1e-4 and 0 < found["kl"] <= 2 * found["own_kl"], found
+
+
+def measure_loosely() -> None:
+    """Prints how far random schedules are from one dense pass in float32: the largest difference of a logit, and the
+    mean KL of bf16 beside one dense pass's own."""
+    exact, rounded = (tiny_model(**TINY[kind]) for kind in DTYPES)
+    worst, kl, own = 0.0, [], []
+    for seed in range(5):
         asked = example(seed, LENGTHS, 320)
-        _, policy = chaotic(model, asked, seed)
-        preempted += policy.num_preempted > 0
-        yielded += policy.num_yielded > 0
-        long += any(len(a.ids) > 2100 for a in asked)
-    assert preempted >= EXAMPLES / 5 and yielded >= EXAMPLES / 3 and long >= 2, (preempted, yielded, long)
+        want = one_shot(exact, asked)
+        worst = max([worst, *(d for _, _, d in differences(chaotic(exact, asked, seed)[0], want))])
+        kl += divergences(asked, chaotic(rounded, asked, seed)[0], want)
+        own += divergences(asked, one_shot(rounded, asked), want)
+    print(json.dumps({"f32": worst, "kl": sum(kl) / len(kl), "own_kl": sum(own) / len(own)}))
+
+
+def divergences(asked: list[Asked], got: Logits, want: Logits) -> list[float]:
+    """KL(want || got) of each row of the prompts."""
+    rows = [(got[a.rid][tok], want[a.rid][tok]) for a in asked for tok in range(len(a.ids))]
+    q, p = (torch.stack(side).float().log_softmax(-1) for side in zip(*rows))
+    return (p.exp() * (p - q)).sum(-1).tolist()

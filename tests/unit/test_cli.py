@@ -215,6 +215,24 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
 
 
 @pytest.mark.parametrize(
+    ("verb", "code"),
+    [("hit()", 130), ("__import__('swallows')", 130), ("atexit.register(hit)", 0)],
+    ids=["a verb", "an import", "the end of Python"],
+)
+def test_ctrl_c_around_a_verb(verb: str, code: int, tmp_path: Path) -> None:
+    """Without a word, also in an import that catches everything (torch's does), and when all is done already."""
+    hit = "signal.raise_signal(signal.SIGINT)"
+    (tmp_path / "swallows.py").write_text(f"import signal\ntry: {hit}\nexcept BaseException: pass")
+    program = (
+        f"import atexit, signal, sys, types; hit = lambda: {hit}; sys.path.append({str(tmp_path)!r});"
+        f"sys.modules['firstlight.cli.main'] = types.SimpleNamespace(main=lambda: {verb});"
+        "from firstlight.cli.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
         (["run", "m", "--json"], "the prompt is empty"),
@@ -225,6 +243,7 @@ def test_ctrl_c_is_130_and_closes_everything(llm: type[FakeLLM], capsys: pytest.
         (["run", "m", "-p", "x", "--raw", "--system", "y"], "--system has no place"),
         (["run", "m", "-p", "x", "--threads", "many"], "--threads"),
         (["run", "m", "-p", "x", "--threads", "0"], "threads=0 is out of range"),
+        (["run", "m", "-p", "x", "--threads", "100000"], "threads=100000 is out of range; give 1 to 1024"),
         (["run", "m", "-p", "x", "--precision", "int3"], "precision='int3' is unknown"),
         (["run", "m", "-p", "x", "--max-tokens", "0"], "max_tokens=0 is out of range"),
         (["run", "m", "-p", "x", "--kv-memory", "lots"], "can't read the size 'lots'"),
@@ -348,7 +367,7 @@ def refuses_nothing(example: str, command: Any) -> None:
 def test_the_shell_learns_verbs_flags_and_names() -> None:
     def completed(line: str) -> list[str]:
         asked = {"_FIRSTLIGHT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-        command = [sys.executable, "-m", "firstlight.cli.main"]
+        command = [sys.executable, "-m", "firstlight.cli"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **asked})
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout.split()

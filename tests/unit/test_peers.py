@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -208,6 +209,13 @@ def test_a_hung_process_takes_its_children_with_it(tmp_path: Path) -> None:
     assert process.run([sys.executable, "-c", program], {}, limit_s=1, env={}).failed == "no answer within 1 s"
     time.sleep(2)
     assert not sign.exists()
+
+
+def test_a_process_that_is_ended_takes_away_what_it_was_writing(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from firstlight.core.files import write_atomically\n"
+    code += "with write_atomically(Path(sys.argv[1])): time.sleep(60)"
+    hung = process.run([sys.executable, "-c", code, str(tmp_path / "x")], {}, limit_s=3, env=os.environ)
+    assert hung.failed == "no answer within 3 s" and not list(tmp_path.iterdir())
 
 
 @given(st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=2, max_size=6))

@@ -157,7 +157,3 @@ def _complain(text: str) -> int:
     if text:
         typer.echo(f"firstlight: error: {' '.join(text.split()).rstrip('.')}", err=True)
     return USER_ERROR
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,8 @@ PRECISIONS = ("bf16", "f32", "int8")
 WEIGHTS = ("default", "compact")
 INT8_PARTS = ("linears", "kv")
 """What `int8` rounds to 8 bits, each of which it can leave in bf16: `kv` is K/V and attention over them."""
+MAX_THREADS = 1024
+"""More than any machine has cores. Some tens of thousands would bring OpenMP down."""
 
 
 def _opt(default: Any, doc: str, metavar: str | None = None) -> Any:
@@ -80,6 +82,8 @@ class Options:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key}={value} is out of range; give 1 or more")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise UserError(f"threads={self.threads} is out of range; give 1 to {MAX_THREADS}")
         parse_bytes(self.kv_memory)
 
     @property

@@ -36,6 +36,8 @@ class Limits:
     model_digest: str = ""
     windows: tuple[int | None, ...] = ()
     """The window of each layer; None = reads all."""
+    max_context: int | None = None
+    """What the model was made for, which no setting can raise."""
 
 
 class Admission:
@@ -78,9 +80,8 @@ class Admission:
         if tokens == 0:
             raise UserError("the prompt is empty; give at least one token")
         if tokens >= limit:
-            raise UserError(
-                f"the prompt has {tokens} tokens, the limit is {limit - 1}; shorten it or raise max_model_len"
-            )
+            cure = "shorten it" if limit == self.limits.max_context else "shorten it or raise max_model_len"
+            raise UserError(f"the prompt has {tokens} tokens, the limit is {limit - 1}; {cure}")
         return LiveRequest(request, self.table(self.windows), self.config.num_layers, self.parts, self.limits.seed)
 
     def table(self, windows: Windows | None = None) -> RequestKV:

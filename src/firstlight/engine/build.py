@@ -84,7 +84,7 @@ def build_engine(
         pool,
         make_schedule(method, view_config),
         view_config,
-        Limits(max_len, options.seed, options.deterministic, digest, model.windows),
+        Limits(max_len, options.seed, options.deterministic, digest, model.windows, config.max_context),
         parts,
         PrefixCache(pool, BLOCK, os.urandom(16), model.windows) if options.prefix_cache == "on" else None,
         EventLog(options.event_log, view_config) if options.event_log else None,

@@ -37,6 +37,7 @@ class Chaos:
             return Plan(admit=(rng.choice(admit),))
         busy = {s.rid for u in view.units.values() for s in u.unit.segments}
         free = [r for r in view.requests.values() if r.state == "running" and r.rid not in busy]
+        rng.shuffle(free)  # a batch's order is nobody's business either
         if self.preempts and free and rng.random() < 0.12 and self.num_preempted < 6:
             self.num_preempted += 1
             return Plan(preempt=((rng.choice(free).rid, rng.choice(_HOW)),))

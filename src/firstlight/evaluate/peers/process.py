@@ -18,6 +18,7 @@ from typing import Any
 
 RUNNERS = Path(__file__).parent / "runners"
 _REASON_CHARS = 200
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,16 @@ def _share(before: tuple[float, float], after: tuple[float, float]) -> float:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process and the session that it leads."""
+    """End what is left of a process and the session that it leads; what it is writing it may take away before."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _failure(code: int, stderr: bytes) -> str | None:
