@@ -7,7 +7,8 @@ Each round runs every setting once, dense first, each in a process of its own th
 of the machine's speed meets all. The bound of a setting is what its prefill takes if nothing but its cells cost
 anything: linears by rows, attention by the pairs that are read (docs/metrics.md). `--baseline CHECKOUT` adds dense runs
 of another checkout of the project, for what a change costs where nothing is switched on. Printed: a table of medians
-and extremes, and one JSON line.
+and extremes, and one JSON line. `--out` keeps each run as a line of its own as soon as it is there, and a call takes
+from that file what it has: one that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,22 @@ def main() -> None:
     if args.setting is not None:
         print(json.dumps(measure(args)))
         return
+    from firstlight.evaluate.records import Records  # here: a baseline's processes have another checkout's
+
     settings = [DENSE, *([BASELINE] if args.baseline else []), *args.method]
     lengths = [int(n) for n in args.prompt_tokens.split(",")]
     samples: dict[str, list[dict[str, Any]]] = {f"{s} {n}": [] for n in lengths for s in settings}
+    records = Records(args.out)
     for number in range(args.rounds):
         for length in lengths:
             for setting in settings:
                 print(f"round {number + 1}/{args.rounds}: {length} tokens, {setting}", file=sys.stderr, flush=True)
-                samples[f"{setting} {length}"].append(_run(args, setting, length))
+                run = {"model": args.model, "precision": args.precision, "setting": setting}
+                run |= {"length": length, "round": number}
+                found = records.find(run)
+                if found is None:
+                    records.add(run, found := _run(args, setting, length))
+                samples[f"{setting} {length}"].append(found)
     _print(settings, lengths, samples)
     print(json.dumps({"arguments": vars(args), "samples": samples}, default=str))
 
@@ -50,6 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--baseline", type=Path, help="another checkout, whose engine runs dense beside this one's")
+    parser.add_argument("--out", type=Path, help="JSON lines of finished runs, kept and used")
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -79,6 +90,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     methods = [] if args.setting in (DENSE, BASELINE) else args.setting.split(" + ")
     with LLM(args.model, methods=methods, precision=args.precision, prefix_cache="off", max_num_seqs=1) as llm:
         llm.generate([prompt_of(llm, 300)], SamplingParams(max_tokens=3, ignore_eos=True))
+        planning = Timed(llm.engine.machine.planning)
+        llm.engine.machine.planning = planning
         report = llm.generate([prompt_of(llm, args.length)], SamplingParams(max_tokens=NEW, ignore_eos=True))[0].report
         c = llm.config
         return {
@@ -87,15 +100,39 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "kv": report["kv"],
             "cells": report["cells"],
             "density": report["attention"]["density"],
+            "methods": report["methods"],
+            "planning_s": planning.seconds,
+            "digest_bytes": planning.digests.nbytes,
             "linear_flops": 2.0
             * sum(s[0] * s[1] for n, s in llm.engine.machine.model.linears.shapes.items() if n != "head"),
-            "pair_flops": 4.0 * c.num_heads * c.head_dim * c.num_layers,
+            "attention_flops": 4.0 * c.num_heads * c.head_dim * sum(pairs(args.length, w) for w in c.windows),
         }
+
+
+def pairs(length: int, window: int | None) -> float:
+    """(row, key) pairs of a layer."""
+    beyond = 0 if window is None else max(length - window, 0)
+    return length * (length + 1) / 2 - beyond * (beyond + 1) / 2
+
+
+class Timed:
+    """An engine's planning, and the seconds that it took: digests and the guard's reckoning included."""
+
+    def __init__(self, planning: Any) -> None:
+        self._planning, self.seconds = planning, 0.0
+        self.digests = planning.digests
+
+    def plan(self, *args: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._planning.plan(*args)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def bound(run: dict[str, Any], length: int) -> float:
     """The share of dense's operations that the setting's cells take."""
-    linear, attention = run["linear_flops"] * length, run["pair_flops"] * length * (length + 1) / 2
+    linear, attention = run["linear_flops"] * length, run["attention_flops"]
     rows = run["cells"]["computed"] / run["cells"]["total"]
     return (linear * rows + attention * run["density"]) / (linear + attention)
 
@@ -103,6 +140,7 @@ def bound(run: dict[str, Any], length: int) -> float:
 def _print(settings: list[str], lengths: list[int], samples: dict[str, list[dict[str, Any]]]) -> None:
     width = max(len(s) for s in settings)
     heading = "tokens  TTFT s                of dense  bound  ms/token  of dense  KV MB, end  of dense, peak"
+    heading += "  density  planning s  digests MB"
     print(f"{'setting':{width}}  {heading}")
     for length in lengths:
         dense = samples[f"{DENSE} {length}"]
@@ -119,9 +157,11 @@ def _figures(setting: str, runs: list[dict[str, Any]], dense: list[dict[str, Any
     least = "" if setting == BASELINE else f"{bound(runs[0], length):.2f}"
     kv, whole = runs[0]["kv"], dense[0]["kv"]
     shares = f"{kv['bytes_end'] / whole['bytes_end']:8.2f}  {kv['bytes_peak'] / whole['bytes_peak']:4.2f}"
+    planning = statistics.median(run["planning_s"] for run in runs)
+    planned = f"{runs[0]['density']:12.2f}  {planning:10.2f}  {runs[0]['digest_bytes'] / 1e6:10.2f}"
     return (
         f"{ttft:6.2f} [{spread:11}]  {ttft / ttft_0:8.2f}  {least:5}  {tpot * 1e3:8.1f}  {tpot / tpot_0:8.2f}"
-        f"  {kv['bytes_end'] / 1e6:10.1f}  {shares}"
+        f"  {kv['bytes_end'] / 1e6:10.1f}  {shares}  {planned}"
     )
 
 
