@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     methods = [] if args.setting in (DENSE, BASELINE) else args.setting.split(" + ")
     with LLM(args.model, methods=methods, precision=args.precision, prefix_cache="off", max_num_seqs=1) as llm:
         llm.generate([prompt_of(llm, 300)], SamplingParams(max_tokens=3, ignore_eos=True))
-        planning = Timed(llm.engine.machine.planning)
-        llm.engine.machine.planning = planning
+        machine: Any = llm.engine.machine
+        machine.planning = Timed(machine.planning, "plan", lambda model, layer, member, *_: not member.decode)
+        machine.ops = Timed(machine.ops, "attend", lambda call, *_: not call.rows.decode[0])
         report = llm.generate([prompt_of(llm, args.length)], SamplingParams(max_tokens=NEW, ignore_eos=True))[0].report
         c = llm.config
         return {
@@ -101,8 +104,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "cells": report["cells"],
             "density": report["attention"]["density"],
             "methods": report["methods"],
-            "planning_s": planning.seconds,
-            "digest_bytes": planning.digests.nbytes,
+            "planning_s": machine.planning.seconds,
+            "attention_s": machine.ops.seconds,
+            "digest_bytes": machine.planning.digests.nbytes,
             "linear_flops": 2.0
             * sum(s[0] * s[1] for n, s in llm.engine.machine.model.linears.shapes.items() if n != "head"),
             "attention_flops": 4.0 * c.num_heads * c.head_dim * sum(pairs(args.length, w) for w in c.windows),
@@ -116,18 +120,21 @@ def pairs(length: int, window: int | None) -> float:
 
 
 class Timed:
-    """An engine's planning, and the seconds that it took: digests and the guard's reckoning included."""
+    """Something whose calls of one name are timed, those that `counts` says."""
 
-    def __init__(self, planning: Any) -> None:
-        self._planning, self.seconds = planning, 0.0
-        self.digests = planning.digests
+    def __init__(self, inner: Any, name: str, counts: Callable[..., bool]) -> None:
+        self._inner, self._name, self._counts, self.seconds = inner, name, counts, 0.0
 
-    def plan(self, *args: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return partial(self._timed, found) if name == self._name else found
+
+    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
         began = time.perf_counter()
-        try:
-            return self._planning.plan(*args)
-        finally:
+        result = call(*args)
+        if self._counts(*args):
             self.seconds += time.perf_counter() - began
+        return result
 
 
 def bound(run: dict[str, Any], length: int) -> float:
@@ -140,7 +147,7 @@ def bound(run: dict[str, Any], length: int) -> float:
 def _print(settings: list[str], lengths: list[int], samples: dict[str, list[dict[str, Any]]]) -> None:
     width = max(len(s) for s in settings)
     heading = "tokens  TTFT s                of dense  bound  ms/token  of dense  KV MB, end  of dense, peak"
-    heading += "  density  planning s  digests MB"
+    heading += "  density  planning s  attention s  both of dense  digests MB"
     print(f"{'setting':{width}}  {heading}")
     for length in lengths:
         dense = samples[f"{DENSE} {length}"]
@@ -157,8 +164,14 @@ def _figures(setting: str, runs: list[dict[str, Any]], dense: list[dict[str, Any
     least = "" if setting == BASELINE else f"{bound(runs[0], length):.2f}"
     kv, whole = runs[0]["kv"], dense[0]["kv"]
     shares = f"{kv['bytes_end'] / whole['bytes_end']:8.2f}  {kv['bytes_peak'] / whole['bytes_peak']:4.2f}"
-    planning = statistics.median(run["planning_s"] for run in runs)
-    planned = f"{runs[0]['density']:12.2f}  {planning:10.2f}  {runs[0]['digest_bytes'] / 1e6:10.2f}"
+    planning, attention, attention_0 = (
+        statistics.median(run[key] for run in of)
+        for of, key in ((runs, "planning_s"), (runs, "attention_s"), (dense, "attention_s"))
+    )
+    planned = (
+        f"{runs[0]['density']:7.2f}  {planning:10.2f}  {attention:11.2f}  {(planning + attention) / attention_0:13.2f}"
+    )
+    planned += f"  {runs[0]['digest_bytes'] / 1e6:10.2f}"
     return (
         f"{ttft:6.2f} [{spread:11}]  {ttft / ttft_0:8.2f}  {least:5}  {tpot * 1e3:8.1f}  {tpot / tpot_0:8.2f}"
         f"  {kv['bytes_end'] / 1e6:10.1f}  {shares}  {planned}"
