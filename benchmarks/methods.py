@@ -109,14 +109,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "digest_bytes": machine.planning.digests.nbytes,
             "linear_flops": 2.0
             * sum(s[0] * s[1] for n, s in llm.engine.machine.model.linears.shapes.items() if n != "head"),
-            "attention_flops": 4.0 * c.num_heads * c.head_dim * sum(pairs(args.length, w) for w in c.windows),
+            "pair_flops": 4.0 * c.num_heads * c.head_dim * c.num_layers,
         }
-
-
-def pairs(length: int, window: int | None) -> float:
-    """(row, key) pairs of a layer."""
-    beyond = 0 if window is None else max(length - window, 0)
-    return length * (length + 1) / 2 - beyond * (beyond + 1) / 2
 
 
 class Timed:
@@ -137,11 +131,11 @@ class Timed:
         return result
 
 
-def bound(run: dict[str, Any], length: int) -> float:
-    """The share of dense's operations that the setting's cells take."""
-    linear, attention = run["linear_flops"] * length, run["attention_flops"]
+def bound(run: dict[str, Any], dense: dict[str, Any], length: int) -> float:
+    """The share of dense's operations, of which windows of the model's own leave fewer, that a setting's cells take."""
+    linear, attention = run["linear_flops"] * length, run["pair_flops"] * length * (length + 1) / 2
     rows = run["cells"]["computed"] / run["cells"]["total"]
-    return (linear * rows + attention * run["density"]) / (linear + attention)
+    return (linear * rows + attention * run["density"]) / (linear + attention * dense["density"])
 
 
 def _print(settings: list[str], lengths: list[int], samples: dict[str, list[dict[str, Any]]]) -> None:
@@ -161,7 +155,7 @@ def _figures(setting: str, runs: list[dict[str, Any]], dense: list[dict[str, Any
         statistics.median(run[key] for run in of) for of in (runs, dense) for key in ("ttft_s", "tpot_s")
     )
     spread = f"{min(r['ttft_s'] for r in runs):.2f}-{max(r['ttft_s'] for r in runs):.2f}"
-    least = "" if setting == BASELINE else f"{bound(runs[0], length):.2f}"
+    least = "" if setting == BASELINE else f"{bound(runs[0], dense[0], length):.2f}"
     kv, whole = runs[0]["kv"], dense[0]["kv"]
     shares = f"{kv['bytes_end'] / whole['bytes_end']:8.2f}  {kv['bytes_peak'] / whole['bytes_peak']:4.2f}"
     planning, attention, attention_0 = (
