@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.native import active_isa, lib
 
 needs_lib = pytest.mark.skipif(lib is None, reason="no compiled kernels here: no compiler, or no x86-64")
@@ -69,3 +70,10 @@ def test_without_compiled_kernels_torch_serves() -> None:
 @needs_lib
 def test_the_fastest_is_taken() -> None:
     assert os.environ.get("FIRSTLIGHT_ISA", lib.variants()[0]) == active_isa()
+
+
+@needs_lib
+def test_heads_that_the_kernels_lack_are_torchs_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert fastest(48).__name__ == "firstlight.kernels.cpu.backend"
+    assert fastest(24).__name__ == "firstlight.kernels.torch.backend"
+    assert "heads of 24 are not a multiple of 16" in caplog.text

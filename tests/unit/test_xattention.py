@@ -86,6 +86,17 @@ def test_a_column_is_found_at_every_residue(column: int) -> None:
     assert made is not None and seen(made, ctx)[column:, 0, column].all()
 
 
+def test_by_hand_a_tile_reads_the_block_that_it_looks_at() -> None:
+    """Four tiles of 16. The last one's rows look at key 20; the third one finds 0.62 in its forced blocks."""
+    hot = torch.zeros(64, 64, dtype=torch.bool)
+    hot[48:, 20] = True
+    ctx = planted(hot)
+    shown = seen(XAttention(XAttentionConfig(tau=0.5, stride=S, block=B)).plan(ctx), ctx)[:, 0]
+    lists = [row.nonzero()[:, 0].div(B, rounding_mode="floor").unique().tolist() for row in shown[B - 1 :: B]]
+    assert lists == [[0], [0, 1], [0, 2], [0, 1, 3]]
+    assert shown[50].nonzero()[:, 0].tolist() == [*range(32), 48, 49, 50]
+
+
 def test_an_even_diagonal_is_invisible_to_an_even_stride_unless_cells_alternate() -> None:
     row, entry = torch.arange(128)[:, None], torch.arange(128)
     for distance in (32, 33, 48, 49):
