@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,15 @@ from rich.console import Console
 
 from firstlight import LLM, AsyncLLM, SamplingParams
 from firstlight.cli.breakdown import breakdown
+from firstlight.core.calibration import Calibration, write
 from firstlight.core.errors import UserError
 from firstlight.core.parts import PromptEdit, PromptEditor
+from firstlight.core.registry import Method
+from firstlight.engine.build import machine_name
 from firstlight.engine.editing import Editing
 from firstlight.engine.scorer import ModelScorer
 from firstlight.prompt.spans import as_parts
+from firstlight.train.calibrating import calibrate
 from tests.tiny import save_tiny_chat, tiny_model
 
 DOCUMENT = " ".join(f"Line {n} says {n * n % 97}." for n in range(60))
@@ -131,6 +136,55 @@ def test_documents_are_shortened_once_and_carry_it(path: Path, tmp_path: Path, d
         dense.load_document(file)
     with open_llm(path, "bm25") as llm, pytest.raises(UserError, match="bm25 ranks by a question"):
         llm.prefill(DOCUMENT)
+
+
+def timed(file: Path, llm: LLM, shorten: float) -> str:
+    """A setting with times that were not measured: a token of prompt takes 1 s, shortening one `shorten`."""
+    machine = machine_name(llm.options)
+    values = {"machine": machine, "prefill": [0, 1, 0], "step": [0, 0], "shorten": [0, shorten, 0, 0]}
+    settings = {"layers": "6", "segment": 200}
+    write(file, Calibration("llmlingua", llm.engine.limits.model_digest, settings, {}, values))
+    return f"llmlingua:when=pays,calibration={file}"
+
+
+def test_where_shortening_would_take_longer_the_run_is_dense_and_says_why(
+    path: Path, dense: LLM, tmp_path: Path
+) -> None:
+    with open_llm(path, timed(tmp_path / "slow", dense, 2.0)) as llm:
+        out, want = llm.chat(ASKED, SHORT)[0], dense.chat(ASKED, SHORT)[0]
+        assert llm.prefill(DOCUMENT).token_ids == dense.prefill(DOCUMENT).token_ids
+    assert (out.prompt_ids, out.token_ids, out.report["exact"]) == (want.prompt_ids, want.token_ids, True)
+    (facts,) = out.report["methods"]
+    assert not facts["used"] and "doesn't pay" in facts["why"] and "it never does on this model" in facts["why"]
+    assert "doesn't pay" in plain(out.report)
+    with open_llm(path, timed(tmp_path / "fast", dense, 0.1)) as llm:
+        assert llm.chat(ASKED, SHORT)[0].report["methods"][0]["kept"] == (len(DOCUMENT) + 1) // 2
+
+
+def test_the_answer_counts_too(path: Path, dense: LLM, tmp_path: Path) -> None:
+    """A shorter context makes each generated token cheaper: enough of them pay for what the prompt alone doesn't."""
+    method = timed(tmp_path / "file", dense, 0.5)
+    found = json.loads((tmp_path / "file").read_text())
+    (tmp_path / "file").write_text(json.dumps(found | {"values": found["values"] | {"step": [0, 0.1]}}))
+    with open_llm(path, method) as llm:
+        used = [
+            llm.chat(ASKED, SamplingParams(max_tokens=n, ignore_eos=True))[0].report["methods"][0]["used"]
+            for n in (1, 8)
+        ]
+    assert used == [False, True]
+
+
+def test_a_calibration_is_made_and_used(path: Path, dense: LLM, tmp_path: Path) -> None:
+    with LLM(path, precision="f32", max_model_len=1500) as llm:
+        made = calibrate(llm, Method("llmlingua", length=512), tmp_path / "file")
+        assert llm.engine.pool.reserved == 0
+    assert len(made.values["prefill"]) == 3 and len(made.values["shorten"]) == 4
+    assert made.values["machine"] == machine_name(dense.options)
+    with open_llm(path, f"llmlingua:when=pays,calibration={tmp_path / 'file'}") as llm:
+        (facts,) = llm.chat(ASKED, SHORT)[0].report["methods"]
+    assert facts["used"] or "doesn't pay" in facts["why"]
+    with pytest.raises(UserError, match="has room for 1491"):
+        calibrate(dense, Method("llmlingua"))
 
 
 class Broken(PromptEditor):

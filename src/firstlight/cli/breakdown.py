@@ -38,18 +38,22 @@ def breakdown(report: dict[str, Any]) -> Table:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """One line: the prompt, what was reused, whether the answer is exact."""
-    kind = "exact" if report["exact"] else f"approximate: {approximations(report)}"
+    """One line: the prompt, what was reused, whether the answer is exact, and the methods that were not used."""
+    kind = "; ".join(["exact", *_shown(report)]) if report["exact"] else f"approximate: {approximations(report)}"
     kv = format_bytes(report["kv"]["bytes_peak"])
     return f"{report['prompt_tokens']} prompt tokens, {report['cached_tokens']} from the cache, KV {kv}; {kind}"
 
 
 def approximations(report: dict[str, Any]) -> str:
     """What made a run approximate: its precision, its methods, and why one was not used."""
-    shown = {m["name"]: f"{m['name']}{_did(m)}" for m in report["methods"]}
     int8 = int8_parts(report["settings"]["precision"])
     low = [f"int8 {part}" for part in INT8_PARTS if part in int8]
-    return ", ".join([*low, *shown.values()]) + f"; {report['attention']['density']:.0%} of dense attention"
+    return ", ".join([*low, *_shown(report)]) + f"; {report['attention']['density']:.0%} of dense attention"
+
+
+def _shown(report: dict[str, Any]) -> list[str]:
+    """Each method once, with what it did."""
+    return list({m["name"]: f"{m['name']}{_did(m)}" for m in report["methods"]}.values())
 
 
 def _did(method: dict[str, Any]) -> str:

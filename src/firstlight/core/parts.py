@@ -62,6 +62,10 @@ class ModelFacts:
     head_dim: int
     windows: tuple[int | None, ...]
     """The window of each layer in tokens; None = reads all."""
+    machine: str = ""
+    """What speeds hang on: processor, threads, precision."""
+    max_len: int = 0
+    """Tokens that a prompt and its answer may have together."""
 
     @property
     def full_layers(self) -> list[int]:
@@ -318,6 +322,8 @@ class PromptIds:
     """What is asked about it; None where that isn't known yet."""
     text: Callable[[Sequence[int]], str] = _no_text
     """The words of some ids."""
+    max_tokens: int = 0
+    """Tokens that will be generated behind it at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +335,8 @@ class PromptEdit:
     """For each of `ids` the place that it had, ascending."""
     protected: Sequence[Range]
     """What was not the editor's to touch, as spans of the new `ids`."""
+    why: str = ""
+    """Why the editor left the prompt as it was; empty if it didn't."""
 
 
 class PromptEditor(Bound):

@@ -111,7 +111,7 @@ class Answers:
         """Queue the requests of one prompt's answers, for whoever steps; `terms` are further fields of them."""
         self.check_open()
         began = time.perf_counter()
-        edited = self._edited(encode(), check)
+        edited = self._edited(replace(encode(), max_tokens=params.max_tokens), check)
         requests = [self._request(edited.ids, params, index, terms) for index in range(params.n)]
         first, rows = requests[0], watch_prompt(requests[0])
         try:

@@ -26,6 +26,7 @@ from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
 from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.kv_layout import BLOCK, Int8Layout, KVLayout
+from firstlight.kernels.native import processor
 from firstlight.models.calibration import measure, remember, remembered
 from firstlight.models.config import ModelConfig
 from firstlight.models.decoder import Decoder, Weight
@@ -48,8 +49,8 @@ def build_engine(
     `weights` are read only where `keep` hasn't what is made of them.
     """
     ops = fastest(config.head_dim)
-    parts = make_parts(options.methods, config.facts(digest))
     max_len = min(options.max_model_len or config.max_context, config.max_context)
+    parts = make_parts(options.methods, config.facts(digest, machine_name(options), max_len))
     model = _model(config, weights, options, digest, keep or _unkept, ops, max_len)
     layout = Int8Layout if "kv" in int8_parts(options.precision) else KVLayout
     if options.deterministic and (broken := ops.dependent_linears(model.linears)):
@@ -89,6 +90,11 @@ def build_engine(
         PrefixCache(pool, BLOCK, os.urandom(16), model.windows) if options.prefix_cache == "on" else None,
         EventLog(options.event_log, view_config) if options.event_log else None,
     )
+
+
+def machine_name(options: Options) -> str:
+    """What a speed that was measured here holds for."""
+    return f"{processor()}, {torch.get_num_threads()} threads, {options.precision}, {options.weights} weights"
 
 
 def _model(

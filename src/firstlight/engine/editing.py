@@ -71,6 +71,8 @@ class Editing:
             log.warning("%s failed, the prompt is left as it was (%s; %d so far)", self._name, why, self.num_failed)
             return Edited(ids, time.perf_counter() - began, _unused(why))
         seconds = time.perf_counter() - began
+        if edit.why:
+            return Edited(ids, seconds, _unused(edit.why))
         origin = sum(hi - lo for lo, hi in prompt.context)
         kept = origin - (len(ids) - len(edit.ids))
         notes = {"used": True, "why": "", "origin": origin, "kept": kept, "protected": len(ids) - origin}

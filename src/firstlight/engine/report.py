@@ -16,7 +16,7 @@ def report(live: LiveRequest, parts: Sequence[Part]) -> dict[str, Any]:
     generated = live.num_generated
     decode_s = stamps.finished - stamps.first_token
     return {
-        "exact": all(part.capability.exact for part in parts) or (live.fallback != "" and live.dense_from == 0),
+        "exact": _is_exact(live, parts),
         "prompt_tokens": live.num_prompt,
         "cached_tokens": live.n_cached,
         "completion_tokens": generated,
@@ -37,6 +37,12 @@ def report(live: LiveRequest, parts: Sequence[Part]) -> dict[str, Any]:
         "cache_miss_reason": live.miss_reason,
         "num_preempted": live.num_preempted,
     }
+
+
+def _is_exact(live: LiveRequest, parts: Sequence[Part]) -> bool:
+    """Of what the engine did. What an editor did to this prompt is told later; to a document, it may have long ago."""
+    acting = [part for part in parts if part.seam != "prompt" or live.request.known is not None]
+    return all(part.capability.exact for part in acting) or (live.fallback != "" and live.dense_from == 0)
 
 
 def _methods(live: LiveRequest, parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import subprocess
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import firstlight
 from firstlight.evaluate.peak import TYPES, peak_gflops
 from firstlight.kernels.dispatch import BACKENDS
-from firstlight.kernels.native import active_isa
+from firstlight.kernels.native import active_isa, processor
 
 _ISA = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
 
@@ -27,7 +26,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 def describe_processor() -> dict[str, Any]:
     """All of `describe_machine` that needs no measurement, and the kernels that a run would take here."""
     return {
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "isa": instruction_set(_read("/proc/cpuinfo")),
         "cores": len(os.sched_getaffinity(0)),
         "kernels": kernels(),
@@ -36,11 +35,6 @@ def describe_processor() -> dict[str, Any]:
         "firstlight": firstlight.__version__,
         "commit": commit(),
     }
-
-
-def cpu_name() -> str:
-    """The processor as it calls itself."""
-    return _value(_read("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
 
 
 def instruction_set(cpuinfo: str) -> str:

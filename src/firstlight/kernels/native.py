@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
+from pathlib import Path
 from types import ModuleType
 
 from firstlight.core.errors import UserError
@@ -30,3 +32,13 @@ lib = _load()
 def active_isa() -> str | None:
     """The variant in use; None if there are no compiled kernels."""
     return None if lib is None else str(lib.active())
+
+
+def processor() -> str:
+    """The processor as it calls itself."""
+    try:
+        facts = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        facts = []
+    named = (value.strip() for key, _, value in facts if key.strip() == "model name")
+    return next(named, "") or platform.processor() or platform.machine()

@@ -88,9 +88,18 @@ class ModelConfig:
         local = set(self.local_layers)
         return tuple(self.window if layer in local else None for layer in range(self.num_layers))
 
-    def facts(self, digest: str) -> ModelFacts:
+    def facts(self, digest: str, machine: str = "", max_len: int | None = None) -> ModelFacts:
         """What parts of methods may know; `digest` is the sha256 of the model's files."""
-        return ModelFacts(digest, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim, self.windows)
+        return ModelFacts(
+            digest,
+            self.num_layers,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.windows,
+            machine,
+            max_len or self.max_context,
+        )
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of keys and values that one token keeps, all layers, at `dtype_bytes` an element."""

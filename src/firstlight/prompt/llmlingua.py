@@ -4,19 +4,21 @@ A text is read in segments. A token's surprisal is -log p given its segment so f
 it; of each segment the most surprising tokens stay, its share of the budget, and always its first one. The quantile is
 the segment's own, as in the paper. Where the paper scores with a small second model, this takes the first layers of the
 model that answers and looks at them through its head (logit lens), among the tokens that the text itself has: the whole
-model scores better, but then the compression costs as much as the prefill that it saves.
+model scores better, but then the compression costs as much as the prefill that it saves. With `when=pays` a prompt is
+left as it is where shortening it would take longer (`breakeven.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from firstlight.core.calibration import Calibration
 from firstlight.core.errors import UserError
-from firstlight.core.parts import ModelFacts, PromptIds, Scorer
+from firstlight.core.parts import ModelFacts, PromptEdit, PromptIds, Scorer
+from firstlight.prompt.breakeven import Curves
 from firstlight.prompt.shorten import Budget, Shortener, shares
 
 
@@ -27,6 +29,12 @@ class LLMLinguaConfig(Budget):
     layers: str = field(default="6", metadata={"doc": "layers of the model that score: a number, or all"})
     digits: bool = field(default=False, metadata={"doc": "let tokens with digits go last, however predictable"})
     segment: int = field(default=200, metadata={"doc": "tokens that are scored and thinned together"})
+    when: str = field(
+        default="always",
+        metadata={
+            "doc": "always; or pays: only prompts that it serves faster, as `firstlight calibrate` measured here"
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,25 +42,69 @@ class LLMLinguaConfig(Budget):
             raise UserError(f"layers={self.layers!r} is out of range; give 1 or more, or all")
         if self.segment < 1:
             raise UserError(f"segment={self.segment} is out of range; give 1 or more tokens")
+        if self.when not in ("always", "pays"):
+            raise UserError(f"when={self.when!r} is out of range; choose always or pays")
 
 
 class LLMLingua(Shortener):
     """The prompt part."""
 
     Config = LLMLinguaConfig
+    capability = replace(Shortener.capability, calibration=True)
     trial: ClassVar = {"layers": "2", "segment": 40}
     config: LLMLinguaConfig
     _layers: int | None = None
     """None = the whole model."""
+    _curves: Curves | None = None
+    """None = shorten whatever it costs."""
+    _longest = 0
 
     def bind(self, model: ModelFacts, calibration: Calibration | None) -> None:
         """A model of fewer layers than asked for is refused; the default takes what there is."""
+        if self.config.when == "pays":
+            self._curves, self._longest = self._measured(model, calibration), model.max_len
         if self.config.layers == "all":
             return
         layers, default = int(self.config.layers), int(LLMLinguaConfig.layers)
         if layers > model.num_layers and layers != default:
             raise UserError(f"layers={layers}: the model has {model.num_layers}; give as many at most, or all")
         self._layers = layers if layers < model.num_layers else None
+
+    def edit(self, req: PromptIds, score: Scorer) -> PromptEdit:
+        """As every compressor's, if it pays."""
+        context = sum(hi - lo for lo, hi in req.context)
+        rate = sum(self.config.counts([hi - lo for lo, hi in req.context])) / max(context, 1)
+        if self._curves is None or rate == 1 or self._curves.pays(len(req.ids), context, rate, req.max_tokens):
+            return super().edit(req, score)
+        whole = len(req.ids)
+        return PromptEdit(req.ids, range(whole), [(0, whole)], self._why_not(self._curves, req, context, rate))
+
+    def _why_not(self, curves: Curves, req: PromptIds, context: int, rate: float) -> str:
+        """For the report."""
+        short = curves.shortened(len(req.ids), context, rate, req.max_tokens)
+        whole = curves.whole(len(req.ids), req.max_tokens)
+        first = curves.pays_from(rate, req.max_tokens, self._longest)
+        return (
+            f"shortening doesn't pay: {short:.3g} s with it, {whole:.3g} s without, for prompt and answer as measured; "
+            + ("it never does on this model" if first is None else f"it does from {first:,} tokens on")
+        )
+
+    def _measured(self, model: ModelFacts, found: Calibration | None) -> Curves:
+        """The curves of this machine. Raises UserError where there are none."""
+        wanted = f"layers={self.config.layers},segment={self.config.segment}"
+        make = f"make one with `firstlight calibrate MODEL llmlingua:{wanted}`, under the settings of the run"
+        if found is None:
+            raise UserError(f"llmlingua:when=pays goes by a calibration, and there is none; {make}")
+        of = ",".join(f"{key}={found.settings.get(key)}" for key in ("layers", "segment"))
+        if of != wanted:
+            raise UserError(f"the calibration {found.path} is of {of}; {make}")
+        if (where := found.value("machine", str)) != model.machine:
+            raise UserError(f"the calibration {found.path} was made elsewhere ({where}; here: {model.machine}); {make}")
+        sizes = {"prefill": 3, "step": 2, "shorten": 4}
+        curves = {key: found.value(key, list) for key in sizes}
+        if any(len(curves[key]) != size or not all(map(_is_time, curves[key])) for key, size in sizes.items()):
+            raise UserError(f"the calibration {found.path} is damaged; {make}")
+        return Curves(**curves)
 
     def keep(self, ids: Sequence[int], count: int, req: PromptIds, score: Scorer) -> Sequence[int]:
         """Segment after segment; ties go to the earlier token."""
@@ -68,6 +120,10 @@ class LLMLingua(Shortener):
                 nll = [math.inf if digit else surprise for surprise, digit in zip(nll, has)]
             kept += [lo + place for place in most_surprising(nll, room)]
         return kept
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def most_surprising(nll: Sequence[float], count: int) -> list[int]:

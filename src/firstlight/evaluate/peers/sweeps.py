@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from firstlight.evaluate.machine import cpu_name
 from firstlight.evaluate.peers.recipes import Recipe, Variant
+from firstlight.kernels.native import processor
 
 
 class Swept(Protocol):
@@ -50,7 +50,7 @@ class Sweeps:
 
     def _key(self, recipe: Recipe, variant: Variant) -> str:
         task = self._task
-        facts = [task.digest, task.threads, task.sweep_at, cpu_name(), list(map(list, recipe.install))]
+        facts = [task.digest, task.threads, task.sweep_at, processor(), list(map(list, recipe.install))]
         said = json.dumps([*facts, variant.peer, variant.label, variant.exact])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
