@@ -3,8 +3,8 @@
     python benchmarks/picture.py benchmarks/results/ttft.jsonl benchmarks/results
 
 One SVG for each model in the file: every engine at its best setting, from the latest run that measured it at a length;
-exact rows in blue, quantised ones in orange in a panel of their own, and in each the machine's measured limit as a dashed
-line. Both axes are logarithmic. An engine without a figure is named below the picture with its reason.
+exact rows in blue, quantised ones in orange in a panel of their own, and in each the machine's measured limit as a
+dashed line. Both axes are logarithmic. An engine without a figure is named below the picture with its reason.
 """
 
 from __future__ import annotations
