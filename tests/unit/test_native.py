@@ -69,3 +69,17 @@ def test_without_compiled_kernels_torch_serves() -> None:
 @needs_lib
 def test_the_fastest_is_taken() -> None:
     assert os.environ.get("FIRSTLIGHT_ISA", lib.variants()[0]) == active_isa()
+
+
+@needs_lib
+@pytest.mark.parametrize(("isa", "precision", "said"), [("avx2", "bf16", True), ("avx2", "f32", False)])
+def test_bf16_without_bf16_products_is_advised_against(isa: str, precision: str, said: bool) -> None:
+    code = f"from firstlight.kernels.dispatch import advise; advise({precision!r})"
+    assert ("--precision f32 is about as fast" in told(code, FIRSTLIGHT_ISA=isa).stderr) is said
+
+
+@needs_lib
+def test_bf16_with_bf16_products_needs_no_advice() -> None:
+    if lib.variants()[0] in ("avx512", "avx2", "portable"):
+        pytest.skip("this processor has none")
+    assert told("from firstlight.kernels.dispatch import advise; advise('bf16')").stderr == ""
