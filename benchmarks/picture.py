@@ -3,8 +3,8 @@
     python benchmarks/picture.py benchmarks/results/ttft.jsonl benchmarks/results
 
 One SVG for each model in the file: every engine at its best setting, from the latest run that measured it at a length;
-exact rows in blue, quantised ones in orange, and the machine's measured limit as a dashed line of the same colour.
-Both axes are logarithmic. An engine without a figure is named below the picture with its reason.
+exact rows in blue, quantised ones in orange in a panel of their own, and in each the machine's measured limit as a
+dashed line. Both axes are logarithmic. An engine without a figure is named below the picture with its reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -20,8 +20,11 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT = 860, 560
 LEFT, RIGHT, TOP, BOTTOM = 70, 250, 60, 60
 COLOURS = {True: "#1f5fbf", False: "#d9730d"}
-DASHES = ("", "8 3", "2 3", "8 3 2 3", "12 4", "4 6")
 KINDS = {True: "exact", False: "quantised"}
+PLOT, PANEL = 330, 500
+"""Pixels of a panel's axes, and from one panel to the next: names of engines stand between."""
+OURS = "firstlight"
+DASHES = {OURS: "", "openvino": "8 3", "transformers": "2 3", "vllm": "8 3 2 3", "llama.cpp": "14 4"}
 
 Point = tuple[int, float]
 
@@ -36,27 +39,50 @@ def main() -> None:
 
 
 def picture(model: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The SVG of one model."""
+    """The SVG of one model: a panel of exact rows, and beside it one of quantised rows on the same scale."""
     machine = rows[-1]["machine"]
     rows = [row for row in rows if _place(row) == _place(rows[-1])]
     best, limits = best_of(rows), limits_of(rows)
     if not best:
         raise SystemExit(f"{model}: no engine was measured, so there is nothing to draw")
-    axes = Axes([point for points in [*best.values(), *limits.values()] for point in points])
-    parts = [*axes.draw(), *_title(model, machine)]
-    for exact, points in limits.items():
-        parts += _line(axes, points, COLOURS[exact], "1 4", 1.5)
-    for number, ((engine, exact), points) in enumerate(best.items()):
-        dashes = DASHES[[name for name, kind in best if kind == exact].index(engine) % len(DASHES)]
-        parts += _line(axes, points, COLOURS[exact], dashes, 2.2, dots=True)
-        parts += _legend(number, COLOURS[exact], dashes, f"{engine}, {KINDS[exact]}: {points[-1][1]:.2f} s")
-    for exact in limits:
-        parts += _legend(len(best) + list(limits).index(exact), COLOURS[exact], "1 4", f"limit, {KINDS[exact]}")
-    for number, reason in enumerate(_missing(rows, best)):
-        parts.append(_text(LEFT, HEIGHT + 14 * number, reason, 10))
-    height = HEIGHT + 14 * len(_missing(rows, best))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif">'
-    return "\n".join([head, f'<rect width="{WIDTH}" height="{height}" fill="white"/>', *parts, "</svg>", ""])
+    points = [point for points in [*best.values(), *limits.values()] for point in points]
+    kinds = [exact for exact in KINDS if exact in limits]
+    parts = _title(model, machine)
+    for number, exact in enumerate(kinds):
+        axes = Axes(points, LEFT + number * PANEL, LEFT + number * PANEL + PLOT)
+        lines = {engine: points for (engine, kind), points in best.items() if kind is exact}
+        parts += [*axes.draw(), *_panel(axes, exact, lines, limits[exact])]
+    reasons = _missing(rows, best)
+    parts += [_text(LEFT, HEIGHT + 14 * number, reason, 10) for number, reason in enumerate(reasons)]
+    width, height = LEFT + len(kinds) * PANEL, HEIGHT + 14 * len(reasons)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">'
+    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *parts, "</svg>", ""])
+
+
+def _panel(axes: Axes, exact: bool, lines: Mapping[str, Sequence[Point]], limit: Sequence[Point]) -> list[str]:
+    """One kind's engines, ours the thickest, and the limit. The names stand at the lines' ends, none on another."""
+    colour = COLOURS[exact]
+    parts = [_text(axes.left + 10, TOP + 4, KINDS[exact], 15, colour=colour)]
+    parts += _line(axes, limit, "#333", "6 4", 1.2)
+    for engine, points in lines.items():
+        parts += _line(axes, points, colour, DASHES.get(engine, "4 6"), 3.2 if engine == OURS else 1.8, dots=True)
+    names = {**lines, "limit": limit}
+    ends = {name: axes.at(*points[-1])[1] for name, points in names.items()}
+    for name, y in apart(ends, 15).items():
+        x, shade = axes.right, "#333" if name == "limit" else colour
+        parts.append(f'<path d="M{axes.at(*names[name][-1])[0] + 5} {ends[name]}L{x + 4} {y}" stroke="#bbb"/>')
+        said = f"{name} {names[name][-1][1]:.3g} s"
+        parts.append(_text(x + 7, y + 4, said, 12, colour=shade, bold=name == OURS))
+    return parts
+
+
+def apart(places: Mapping[str, float], least: float) -> dict[str, float]:
+    """The same places in the same order, moved upward as little as makes them stand `least` apart."""
+    moved: dict[str, float] = {}
+    above = math.inf
+    for name in sorted(places, key=places.__getitem__, reverse=True):
+        above = moved[name] = min(places[name], above - least)
+    return moved
 
 
 def best_of(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, bool], list[Point]]:
@@ -88,7 +114,8 @@ class Axes:
 
     label = "prompt tokens"
 
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+    def __init__(self, points: Sequence[tuple[float, float]], left: float = LEFT, right: float = WIDTH - RIGHT) -> None:
+        self.left, self.right = left, right
         lengths, seconds = [x for x, _ in points], [y for _, y in points]
         self.lengths = self.ticks_x(sorted(set(lengths)))
         self.x0, self.x1 = math.log(min(lengths) / 1.2), math.log(max(lengths) * 1.2)
@@ -105,22 +132,22 @@ class Axes:
 
     def at(self, length: float, seconds: float) -> tuple[float, float]:
         """Pixels of a point."""
-        x = LEFT + (math.log(length) - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+        x = self.left + (math.log(length) - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
         y = HEIGHT - BOTTOM - (math.log(seconds) - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
 
     def draw(self) -> list[str]:
-        bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-        parts = [f'<path d="M{LEFT} {TOP}V{bottom}H{right}" fill="none" stroke="#333"/>']
+        bottom, left, right = HEIGHT - BOTTOM, self.left, self.right
+        parts = [f'<path d="M{left} {TOP}V{bottom}H{right}" fill="none" stroke="#333"/>']
         for seconds in self._ticks():
             y = self.at(1, seconds)[1]
-            parts.append(f'<path d="M{LEFT} {y}H{right}" stroke="#ddd"/>')
-            parts.append(_text(LEFT - 6, y + 4, self.text_y(seconds), 12, "end"))
+            parts.append(f'<path d="M{left} {y}H{right}" stroke="#ddd"/>')
+            parts.append(_text(left - 6, y + 4, self.text_y(seconds), 12, "end"))
         for length in self.lengths:
             x = self.at(length, 1)[0]
             parts.append(f'<path d="M{x} {bottom}v5" stroke="#333"/>')
             parts.append(_text(x, bottom + 20, self.text_x(length), 12, "middle"))
-        parts.append(_text((LEFT + right) / 2, bottom + 42, self.label, 13, "middle"))
+        parts.append(_text((left + right) / 2, bottom + 42, self.label, 13, "middle"))
         return parts
 
     def _ticks(self) -> list[float]:
@@ -162,8 +189,12 @@ def _legend(number: int, colour: str, dashes: str, text: str) -> list[str]:
     return [line, _text(x + 34, y + 4, text, 11)]
 
 
-def _text(x: float, y: float, text: str, size: int, anchor: str = "start") -> str:
-    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(
+    x: float, y: float, text: str, size: int, anchor: str = "start", colour: str = "black", bold: bool = False
+) -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    style = f'font-size="{size}" text-anchor="{anchor}" fill="{colour}"{weight}'
+    return f'<text x="{x}" y="{y}" {style}>{escape(text)}</text>'
 
 
 if __name__ == "__main__":

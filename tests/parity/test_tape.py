@@ -13,8 +13,8 @@ from answers import backend
 from cases import Spec, build
 from torch import Tensor
 
-from firstlight.kernels.native import lib
 from firstlight.kernels.memory import Memory
+from firstlight.kernels.native import lib
 from firstlight.kernels.tape import Tape, recording
 
 if lib is None:

@@ -77,3 +77,17 @@ def test_heads_that_the_kernels_lack_are_torchs_and_it_is_said(caplog: pytest.Lo
     assert fastest(48).__name__ == "firstlight.kernels.cpu.backend"
     assert fastest(24).__name__ == "firstlight.kernels.torch.backend"
     assert "heads of 24 are not a multiple of 16" in caplog.text
+
+
+@needs_lib
+@pytest.mark.parametrize(("isa", "precision", "said"), [("avx2", "bf16", True), ("avx2", "f32", False)])
+def test_bf16_without_bf16_products_is_advised_against(isa: str, precision: str, said: bool) -> None:
+    code = f"from firstlight.kernels.dispatch import advise; advise({precision!r})"
+    assert ("--precision f32 is as fast" in told(code, FIRSTLIGHT_ISA=isa).stderr) is said
+
+
+@needs_lib
+def test_bf16_with_bf16_products_needs_no_advice() -> None:
+    if lib.variants()[0] in ("avx512", "avx2", "portable"):
+        pytest.skip("this processor has none")
+    assert told("from firstlight.kernels.dispatch import advise; advise('bf16')").stderr == ""

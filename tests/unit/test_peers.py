@@ -141,7 +141,10 @@ def test_a_peer_that_cannot_be_installed(contest: Callable[..., Any], runner: st
     assert not list(environments.home().glob("absent-*")), "half an environment is none"
 
 
-def test_the_best_two_settings_run_and_the_sweep_is_remembered(contest: Callable[..., Any], runner: str) -> None:
+def test_the_best_two_settings_run_and_the_sweep_is_remembered(
+    contest: Callable[..., Any], runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_share", lambda before, after: 0.1)
     settings = [{"pause": 0.2}, {"pause": 0.05}, {"trouble": "crash"}, {"pause": 0}]
     rows = contest(peer("swept", runner, *settings), rounds=1)
     assert [row["settings"].get("pause") for row in rows] == [None, 0, 0, 0.05, 0.05], "the crash, then the fastest"
@@ -151,6 +154,15 @@ def test_the_best_two_settings_run_and_the_sweep_is_remembered(contest: Callable
     assert len((environments.home() / "sweeps.jsonl").read_text().splitlines()) == 3
     contest(peer("swept", runner, *settings), rounds=1, sweep_again=True)
     assert len((environments.home() / "sweeps.jsonl").read_text().splitlines()) == 6
+
+
+def test_what_a_busy_machine_gave_is_not_remembered(
+    contest: Callable[..., Any], runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_share", lambda before, after: 0.8)
+    rows = contest(peer("swept", runner, {"pause": 0}, {"pause": 0.1}, {"pause": 0.2}), rounds=1, lengths=[20])
+    assert [row["settings"]["pause"] for row in rows] == [0, 0.1], "this run takes it all the same"
+    assert not (environments.home() / "sweeps.jsonl").exists()
 
 
 def test_an_interrupted_contest_keeps_what_it_has(

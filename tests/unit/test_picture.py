@@ -37,20 +37,29 @@ def test_the_best_setting_of_the_latest_run() -> None:
     }
 
 
-def test_it_is_svg_and_holds_both_kinds_and_what_is_missing() -> None:
+def test_it_is_svg_with_a_panel_of_each_kind_and_what_is_missing() -> None:
     rows = [row(e, n, n / 500, exact) for e in ("a", "b") for n in (512, 8000) for exact in (True, False)]
     text = drawing.picture("m", [*rows, failed("c", "crashed: SIGSEGV <core>"), failed("a", "in one setting")])
     root = ElementTree.fromstring(text)
     lines = [e for e in root.iter() if e.tag.endswith("polyline")]
     assert len(lines) == 4 + 2, "four engines and two limits"
-    assert {e.get("stroke") for e in lines} == set(drawing.COLOURS.values())
     said = [e.text or "" for e in root.iter() if e.tag.endswith("text")]
+    assert sum(s == "limit 8 s" for s in said) == 2 and sum(s == "a 16 s" for s in said) == 2
     assert "no exact figure of c: crashed: SIGSEGV <core>" in said
     assert not [s for s in said if "in one setting" in s], "another setting of it is drawn"
+    places = {colour: [] for colour in drawing.COLOURS.values()}
     for line in lines:
         for point in (line.get("points") or "").split():
             x, y = map(float, point.split(","))
-            assert drawing.LEFT <= x <= drawing.WIDTH and drawing.TOP <= y <= drawing.HEIGHT - drawing.BOTTOM
+            assert drawing.TOP <= y <= drawing.HEIGHT - drawing.BOTTOM
+            places.get(line.get("stroke") or "", []).append(x)
+    exact, quantised = places.values()
+    assert len(exact) == len(quantised) == 4 and max(exact) < min(quantised), "never in one panel"
+
+
+def test_names_never_stand_on_each_other() -> None:
+    moved = drawing.apart({"a": 100.0, "b": 98.0, "c": 97.0, "d": 20.0}, 15)
+    assert moved == {"a": 100.0, "b": 85.0, "c": 70.0, "d": 20.0}
 
 
 def test_nothing_measured_is_said() -> None:

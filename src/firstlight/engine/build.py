@@ -24,7 +24,7 @@ from firstlight.engine.forward import Machine
 from firstlight.engine.memory import num_blocks
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
-from firstlight.kernels.dispatch import fastest
+from firstlight.kernels.dispatch import advise, fastest
 from firstlight.kernels.kv_layout import BLOCK, Int8Layout, KVLayout
 from firstlight.kernels.native import processor
 from firstlight.models.calibration import measure, remember, remembered
@@ -49,6 +49,7 @@ def build_engine(
     `weights` are read only where `keep` hasn't what is made of them.
     """
     ops = fastest(config.head_dim)
+    advise(options.precision)
     max_len = min(options.max_model_len or config.max_context, config.max_context)
     parts = make_parts(options.methods, config.facts(digest, machine_name(options), max_len))
     model = _model(config, weights, options, digest, keep or _unkept, ops, max_len)

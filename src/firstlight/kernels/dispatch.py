@@ -12,6 +12,7 @@ from firstlight.kernels.native import active_isa, lib
 log = logging.getLogger(__name__)
 BACKENDS = ("reference", "torch", "cpu") if lib is not None else ("reference", "torch")
 _CAP = "AVX512_CORE_BF16"
+_WITHOUT_BF16 = ("avx512", "avx2", "portable")
 
 
 def backend(name: str) -> ModuleType:
@@ -28,6 +29,12 @@ def fastest(head_dim: int) -> ModuleType:
     elif active_isa() == "amx_model":
         log.warning("amx_model plays AMX's tiles in plain C++, a test of these kernels: slow; unset FIRSTLIGHT_ISA")
     return backend("torch" if lib is None or head_dim % 16 else "cpu")
+
+
+def advise(precision: str) -> None:
+    """Say what would be better than bf16 where bf16 has no products of its own and is multiplied as float32."""
+    if precision == "bf16" and active_isa() in _WITHOUT_BF16:
+        log.warning("no bf16 products here (%s): --precision f32 is as fast, and more exact", active_isa())
 
 
 def cap_instruction_set() -> None:

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 from firstlight.evaluate.peers.recipes import Recipe, Variant
 from firstlight.kernels.native import processor
 
+CROWDED = 0.25
+"""The share of the processor that others may take while a result is measured that is kept."""
+
 
 class Swept(Protocol):
     """The parts of a task that a sweep depends on."""
@@ -36,8 +39,11 @@ class Sweeps:
         return self._known.get(self._key(recipe, variant))
 
     def keep(self, recipe: Recipe, variant: Variant, said: dict[str, Any]) -> dict[str, Any]:
-        """Append a result, at once, so that an interrupted sweep goes on where it was. Failures are tried again."""
-        if said["failed"]:
+        """Append a result, at once, so that an interrupted sweep goes on where it was.
+
+        Failures are tried again, and so is what a busy machine gave: it serves this run and must not decide later ones.
+        """
+        if said["failed"] or said["elsewhere"] > CROWDED:
             return said
         line = {"key": self._key(recipe, variant), "peer": variant.peer, "setting": variant.label, **said}
         try:
