@@ -133,6 +133,7 @@ def test_kernels_are_themselves_again_afterwards() -> None:
 
 def test_a_recording_leaves_pytorchs_compiler_alone() -> None:
     """Importing it takes seconds and a hundred megabytes: a second token would wait for them."""
-    code = "import sys, torch; from firstlight.kernels.memory import Memory; from firstlight.kernels.tape import recording\n"
+    code = "import sys, torch; from firstlight.kernels.memory import Memory\n"
+    code += "from firstlight.kernels.tape import recording\n"
     code += "with recording(Memory()): torch.empty(4)\nprint('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
