@@ -15,7 +15,7 @@ from torch import Tensor
 
 from firstlight.kernels.memory import Memory
 from firstlight.kernels.native import lib
-from firstlight.kernels.tape import Tape, recording
+from firstlight.kernels.tape import Tape, holding, recording
 
 if lib is None:
     pytest.skip("no compiled kernels here", allow_module_level=True)
@@ -137,3 +137,27 @@ def test_a_recording_leaves_pytorchs_compiler_alone() -> None:
     code += "from firstlight.kernels.tape import recording\n"
     code += "with recording(Memory()): torch.empty(4)\nprint('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@torch.inference_mode()
+def test_held_calls_are_made_when_the_tape_is_run_and_not_before() -> None:
+    x, memory = rows(0, 5, 64), Memory()
+    want = ops.silu_mul(ops.rms_norm(x, GAIN, 1e-5).clone())
+    with holding(memory) as tape:
+        made = ops.silu_mul(ops.rms_norm(x, GAIN, 1e-5))
+    assert isinstance(made, Tensor) and isinstance(want, Tensor)
+    made.fill_(7)
+    assert len(tape) == 2 and bool((made == 7).all())
+    assert len(tape.timed(0, [1])) == 1 and bool((made == 7).all())
+    tape.run(1)
+    assert torch.equal(made, want)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shifted_rows_are_what_pytorch_makes_of_them(dtype: torch.dtype) -> None:
+    wide, by = rows(0, 5, 3, 80).to(dtype), rows(1, 2, 80).to(dtype)
+    want = wide.clone()
+    want[:, 1:] += by
+    ops.shift_rows(wide[:, 1:], by.float())
+    assert torch.equal(wide, want)
