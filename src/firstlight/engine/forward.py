@@ -49,8 +49,8 @@ class Machine:
     planning: Planning
     linear: Rate = field(default_factory=Rate)
     attention: Rate = field(default_factory=Rate)
-    holds: bool = True
-    """Whether a layer's calls may be noted first and made afterwards; not while somebody watches them."""
+    holds: bool = False
+    """Whether a layer's calls may be noted first and made afterwards: off, a law of documents fails with it (0020)."""
     steady: Steady = field(init=False)
 
     def __post_init__(self) -> None:

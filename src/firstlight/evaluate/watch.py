@@ -79,7 +79,7 @@ class Watch:
         engine: Any = self._engine
         machine, told = engine.machine, engine.on_stop
         model, ops, planning, add = machine.model, machine.ops, machine.planning, engine.add
-        machine.holds = False
+        held, machine.holds = machine.holds, False
         machine.model = _Between(model, {"qkv": self._linears, "finish": self._linears})
         machine.ops = _Between(ops, {"attend": self._attend})
         machine.planning = _Between(planning, {"plan": self._plan})
@@ -100,7 +100,7 @@ class Watch:
         finally:
             del engine.add
             machine.model, machine.ops, machine.planning, engine.on_stop = model, ops, planning, told
-            machine.holds = True
+            machine.holds = held
 
     def _open(self) -> None:
         """An empty record: at the first call of a prefill, and where it begins anew."""
