@@ -75,7 +75,11 @@ def formula(op: str, x: Tensor, rest: list) -> Tensor:
 def test_no_operator_is_forgotten() -> None:
     """Whatever the judge has is judged: here, or with its scales in test_int8.py."""
     public = {name for name, each in vars(reference).items() if isinstance(each, FunctionType) and name[0] != "_"}
-    assert {name for name in public if vars(reference)[name].__module__ == reference.__name__} <= {*OPS, *CALLS, "shift_rows"}  # the last one in test_tape.py
+    assert {name for name in public if vars(reference)[name].__module__ == reference.__name__} <= {
+        *OPS,
+        *CALLS,
+        "shift_rows",
+    }  # the last one in test_tape.py
 
 
 @each_dtype

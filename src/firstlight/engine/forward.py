@@ -50,7 +50,7 @@ class Machine:
     linear: Rate = field(default_factory=Rate)
     attention: Rate = field(default_factory=Rate)
     holds: bool = False
-    """Whether a layer's calls may be noted first and made afterwards: off, a law of documents fails with it (0020)."""
+    """Whether a layer's calls may be noted first and made afterwards: off, see decision 0020."""
     steady: Steady = field(init=False)
 
     def __post_init__(self) -> None:

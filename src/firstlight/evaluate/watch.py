@@ -79,7 +79,8 @@ class Watch:
         engine: Any = self._engine
         machine, told = engine.machine, engine.on_stop
         model, ops, planning, add = machine.model, machine.ops, machine.planning, engine.add
-        held, machine.holds = machine.holds, False
+        held = machine.holds
+        machine.holds = False
         machine.model = _Between(model, {"qkv": self._linears, "finish": self._linears})
         machine.ops = _Between(ops, {"attend": self._attend})
         machine.planning = _Between(planning, {"plan": self._plan})
