@@ -104,7 +104,7 @@ def obeys(value: Any, schema: dict[str, Any]) -> bool:
     if kind == "string":
         fits = schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 99)
         pattern = schema.get("pattern", "").replace(r"\d", "[0-9]").replace(r"\D", "[^0-9]")  # ECMA's, not Python's
-        return fits and re.search(pattern, value) is not None
+        return fits and re.search(pattern, value.replace("\ufeff", " ")) is not None
     if kind == "array":
         return schema["minItems"] <= len(value) <= schema["maxItems"] and all(obeys(v, schema["items"]) for v in value)
     if kind == "object":
