@@ -355,7 +355,7 @@ class Pass(Work):
             for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
                 dense, visible = call.stats.dense, call.stats.visible
                 ops.attend(call, r0, r1)
-                read = (call.stats.visible - visible) / (call.stats.dense - dense) if call.plan else 1.0
+                read = (call.stats.visible - visible) / (call.stats.dense - dense)
                 yield Stop("slice", layer, "attend", work * read)
 
     def _call(
@@ -387,7 +387,7 @@ class Pass(Work):
                 if not m.decode:
                     first, end = m.segment.tok
                     m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
-                    m.live.stats.visible += call.stats.visible if call.plan else call.num_read(i) * heads
+                    m.live.stats.visible += call.stats.visible if len(members) == 1 else call.num_read(i) * heads
         self._calls.clear()
 
     def _finish(self, layer: int, batch: Batch, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
