@@ -159,9 +159,9 @@ class Batch:
 
     @property
     def is_plain(self) -> bool:
-        """No part looks at any row, and every member knows where its K/V go."""
+        """No part looks at any row, all know where their K/V go, and no window frees what is still to be read."""
         seen = self.observed or any(m.planner is not None for m in self.members)
-        return not seen and all(m.slots is not None for m in self.members)
+        return not seen and all(m.slots is not None and m.live.kv.windows is None for m in self.members)
 
     def view_numbers(self, layer: int) -> Any:
         """What `AttnCall.numbers` takes."""

@@ -49,8 +49,8 @@ class Machine:
     planning: Planning
     linear: Rate = field(default_factory=Rate)
     attention: Rate = field(default_factory=Rate)
-    holds: bool = False
-    """Whether a layer's calls may be noted first and made afterwards: off, see decision 0020."""
+    holds: bool = True
+    """Whether a layer's calls may be noted first and made afterwards; not while somebody watches them."""
     steady: Steady = field(init=False)
 
     def __post_init__(self) -> None:
@@ -355,7 +355,7 @@ class Pass(Work):
             for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
                 dense, visible = call.stats.dense, call.stats.visible
                 ops.attend(call, r0, r1)
-                read = (call.stats.visible - visible) / (call.stats.dense - dense)
+                read = (call.stats.visible - visible) / (call.stats.dense - dense) if call.stats.visible else 1.0
                 yield Stop("slice", layer, "attend", work * read)
 
     def _call(
@@ -387,7 +387,9 @@ class Pass(Work):
                 if not m.decode:
                     first, end = m.segment.tok
                     m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
-                    m.live.stats.visible += call.stats.visible if len(members) == 1 else call.num_read(i) * heads
+                    m.live.stats.visible += (
+                        call.stats.visible if len(members) == 1 and call.stats.visible else call.num_read(i) * heads
+                    )
         self._calls.clear()
 
     def _finish(self, layer: int, batch: Batch, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
