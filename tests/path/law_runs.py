@@ -17,7 +17,7 @@ from firstlight.core.schedule import Policy
 from firstlight.core.view import ViewConfig
 from firstlight.engine.admission import Limits
 from firstlight.engine.engine import Engine
-from firstlight.engine.forward import Machine
+from firstlight.engine.machine import Machine
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning
 from firstlight.evaluate.chaos import Chaos

@@ -217,7 +217,7 @@ def test_an_editor_that_fails_costs_its_request_nothing_and_is_told(
         out = llm.chat(ASKED, SHORT)[0]
         assert llm.answers.editing.num_failed == 1
     assert out.prompt_ids == dense.encode_chat(ASKED) and out.token_ids == dense.chat(ASKED, SHORT)[0].token_ids
-    assert not out.report["methods"][0]["used"] and why in out.report["methods"][0]["why"]
+    assert not out.report["methods"][0]["used"] and why in out.report["methods"][0]["why"] and why in caplog.text
 
 
 def test_a_cancelled_task_stops_the_edit_and_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

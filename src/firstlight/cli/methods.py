@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -91,20 +92,32 @@ def check(
     methods = tuple(method for method in given if method not in schedules)
     registry.make_parts(methods)
     subject = Subject(methods, *schedules[:1])
-    logging.getLogger("firstlight.engine").setLevel(logging.ERROR)  # what the checks break on purpose is no news
     found: list[dict[str, Any]] = []
-    for name, one in (schedule_checks() if schedules else checks()).items():
-        try:
-            why = run(one, subject)
-            found.append({"check": name, "holds": None if why else True, "why": why or ""})
-        except Broken as broken:
-            found.append({"check": name, "holds": False, "why": str(broken)})
-        if not as_json:
-            typer.echo(_told(found[-1]))
+    with _quiet("firstlight.engine"):  # what the checks break on purpose is no news
+        for name, one in (schedule_checks() if schedules else checks()).items():
+            try:
+                why = run(one, subject)
+                found.append({"check": name, "holds": None if why else True, "why": why or ""})
+            except Broken as broken:
+                found.append({"check": name, "holds": False, "why": str(broken)})
+            if not as_json:
+                typer.echo(_told(found[-1]))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     if any(one["holds"] is False for one in found):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors of this logger meanwhile."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _said(method: dict[str, Any]) -> str:

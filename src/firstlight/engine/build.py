@@ -20,7 +20,7 @@ from firstlight.engine.admission import Limits
 from firstlight.engine.costs import measure as measure_costs
 from firstlight.engine.engine import Engine
 from firstlight.engine.eventlog import EventLog
-from firstlight.engine.forward import Machine
+from firstlight.engine.machine import Machine
 from firstlight.engine.memory import num_blocks
 from firstlight.engine.park import ParkStore
 from firstlight.engine.planning import Planning

@@ -32,9 +32,10 @@ from firstlight.decode.sampling import sample
 from firstlight.engine.admission import Admission, Limits
 from firstlight.engine.cuts import CutTaken
 from firstlight.engine.eventlog import EventLog
-from firstlight.engine.forward import Machine, begin
+from firstlight.engine.forward import begin
 from firstlight.engine.guard import PartFailed
 from firstlight.engine.live import LiveRequest
+from firstlight.engine.machine import Machine
 from firstlight.engine.work import Stop, Work
 from firstlight.reuse.prefix import PrefixCache
 

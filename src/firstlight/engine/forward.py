@@ -10,70 +10,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from firstlight.core.parts import Keep, Merge
-from firstlight.core.schedule import Segment, WorkUnit, YieldAt
+from firstlight.core.schedule import Segment, WorkUnit
 from firstlight.engine.batch import Batch, Block, Member
 from firstlight.engine.cuts import RowCuts
 from firstlight.engine.live import LiveRequest
-from firstlight.engine.park import ParkStore
-from firstlight.engine.planning import Planning
+from firstlight.engine.machine import Machine
 from firstlight.engine.probes import Probes
-from firstlight.engine.rates import SLICE_S, Rate, slices
+from firstlight.engine.rates import slices
 from firstlight.engine.spans import joined
-from firstlight.engine.steady import Steady
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnCall, AttnRows
 from firstlight.kernels.tape import holding
-from firstlight.models.decoder import Decoder
 
-_INSIDE_LAYERS: tuple[YieldAt, ...] = ("slice", "op", "sublayer")
 _HEAD_ROWS = 256
 """Rows of prompt logits made at a time."""
-
-
-@dataclass(slots=True)
-class Machine:
-    """What passes run on: the model, the operators, the park store and the measured speeds."""
-
-    model: Decoder
-    ops: ModuleType
-    park: ParkStore
-    planning: Planning
-    linear: Rate = field(default_factory=Rate)
-    attention: Rate = field(default_factory=Rate)
-    holds: bool = True
-    """Whether a layer's calls may be noted first and made afterwards; not while somebody watches them."""
-    steady: Steady = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.steady = Steady(self.model, self.ops)
-
-    def stride(self, unit: WorkUnit, rows: int, pairs: int) -> int:
-        """Layers that a unit may do between two stops, with so many rows and (row, key) pairs; 0 = it stops inside."""
-        seconds = self._seconds(rows, pairs)
-        if unit.yield_at in _INSIDE_LAYERS or seconds > SLICE_S:
-            return 0
-        return int(SLICE_S / seconds) if unit.yield_at == "none" else 1
-
-    def observe(self, stop: Stop, seconds: float) -> None:
-        """What the stretch before a stop took."""
-        if stop.work:
-            (self.attention if stop.op == "attend" else self.linear).observe(stop.work, seconds)
-
-    def _seconds(self, rows: int, pairs: int) -> float:
-        """A layer's predicted time, for so many rows and (row, key) pairs of dense attention."""
-        c = self.model.config
-        linear: float = self.model.layer_flops * rows
-        attention = 4.0 * c.num_heads * c.head_dim * pairs
-        return linear / self.linear.per_second + attention / self.attention.per_second
 
 
 def begin(machine: Machine, unit: WorkUnit, lives: Sequence[LiveRequest]) -> Work:
@@ -355,8 +313,9 @@ class Pass(Work):
             for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
                 dense, visible = call.stats.dense, call.stats.visible
                 ops.attend(call, r0, r1)
-                read = (call.stats.visible - visible) / (call.stats.dense - dense) if call.stats.visible else 1.0
-                yield Stop("slice", layer, "attend", work * read)
+                read = call.stats.visible - visible or call.stats.dense - dense  # a held call has counted nothing
+                work *= read / (call.stats.dense - dense)
+                yield Stop("slice", layer, "attend", work)
 
     def _call(
         self, layer: int, members: Sequence[Member], rows: AttnRows, q: Tensor, out: Tensor, probes: Probes | None
@@ -380,16 +339,18 @@ class Pass(Work):
         )
 
     def _count(self) -> None:
-        """Density is reported for prompts, over the triangle of all their tokens, those without a row included."""
+        """Density is reported for prompts, over the triangle of all their tokens, those without a row included.
+
+        Held calls have counted nothing: they have no plan, so what is there says what was read.
+        """
         for members, call in self._calls:
             heads = call.q.shape[1]
             for i, m in enumerate(members):
                 if not m.decode:
                     first, end = m.segment.tok
                     m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
-                    m.live.stats.visible += (
-                        call.stats.visible if len(members) == 1 and call.stats.visible else call.num_read(i) * heads
-                    )
+                    read = call.stats.visible if len(members) == 1 else 0
+                    m.live.stats.visible += read or call.num_read(i) * heads
         self._calls.clear()
 
     def _finish(self, layer: int, batch: Batch, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
