@@ -180,8 +180,7 @@ class Pass(Work):
 
     def _held(self, batch: Batch, stretches: Iterator[Stop]) -> Iterator[tuple[Stop, float]]:
         """A layer whose calls are all noted before the first one is made (kernels/tape.py), and what stretches took."""
-        stops: list[Stop] = []
-        ends = [0]
+        stops, ends = list[Stop](), [0]
         with holding(batch.memory) as tape:
             for stop in stretches:
                 if len(tape) > ends[-1]:
