@@ -177,10 +177,12 @@ class LLM:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _on_stop(self, work: Work, stop: Stop) -> None:
+        if stop.level != "layer":  # nothing new until then
+            return
         layers = self.config.num_layers
         for live, segment in zip(work.lives, work.unit.segments):
             if segment.kind == "prefill":
-                (t0, t1), done = segment.tok, min(stop.layer + (stop.level == "layer"), layers) / layers
+                (t0, t1), done = segment.tok, (stop.layer + 1) / layers
                 self._progress(Progress("prefill", t0 + (t1 - t0) * done, live.num_prompt, live.rid))
 
 
