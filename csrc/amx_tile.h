@@ -38,6 +38,7 @@ class TileSums {
     static_assert(W == STEP && FIRST_B < 8);
 
   public:
+    static constexpr int MOST = M * ROWS;
     explicit TileSums(int rows) : rows_(rows) {}
 
     void clear() {
@@ -69,10 +70,12 @@ class TileSums {
             for (int j = 0; j < N; ++j) f(i, j, sums[(i / ROWS * N + j) * ROWS + i % ROWS]);
     }
 
-    // As Sums does it; nothing is fetched ahead.
-    template <bool = false>
-    void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups,
-             const char* = nullptr, ptrdiff_t = 0) {
+    // As Sums does it; nothing happens beside it.
+    template <class Beside>
+    void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups, Beside) {
+        add(a, lda, b, ldb, groups);
+    }
+    void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups) {
         lda *= sizeof *a, ldb *= sizeof *b;
         const char *x = (const char*)a, *y = (const char*)b;
         if (rows_ == M * ROWS)

@@ -4,14 +4,10 @@
 #include <cmath>
 #include <vector>
 
-#include "product.h"
-#include "scratch.h"
+#include "strip.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
-
-constexpr float LOWEST = -1e30f;  // stands for -inf where a difference is taken
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 
 template <class E>
 class TileWork {
@@ -34,159 +30,27 @@ class TileWork {
     // Blocks that lie in the view come in splits of their own, before those that were gathered.
     int num_splits() const { return splits_in_place() + splits_of((int)(s_.walk.columns.size() + BLOCK - 1) / BLOCK); }
 
-    // Which blocks of split n are seen at all: K, V, masks; how many.
-    int find(int n) {
-        const int first = splits_in_place(), columns = (int)s_.walk.columns.size();
-        const int begin = (n < first ? n : n - first) * SPLIT_BLOCKS;
-        return find(begin, std::min(begin + SPLIT_BLOCKS, n < first ? in_place_ : (columns + BLOCK - 1) / BLOCK), n < first);
-    }
-    int find(int begin, int end, bool in_place) {
-        const int tokens = tile_.hi - tile_.lo, columns = (int)s_.walk.columns.size();
-        int active = 0;
-        for (int i = begin; i < end; ++i) {
-            uint64_t* mask = &s_.mask[(size_t)active * tokens];
-            const int b = in_place ? seen_.nth(i) : i;
-            const Seen::Sum sum = in_place ? seen_.rows(b, mask) : seen_.columns(&s_.walk.columns[(size_t)i * BLOCK], std::min(BLOCK, columns - i * BLOCK), mask);
-            if (!sum.any) continue;
-            number_[active] = b;
-            full_[active] = sum.every == ~0ull;
-            if (in_place) {
-                const ptrdiff_t at = seen_.block(b) * words_;
-                keys_[active] = (const uint32_t*)call_.k + at, values_[active] = (const uint32_t*)call_.v + at;
-            } else {
-                keys_[active] = s_.gathered.block(call_, tile_, s_.walk, i), values_[active] = keys_[active] + words_;
-            }
-            s_.shares.set(active * BLOCK, values_[active], dim_);
-            ++active;
-        }
-        return active;
-    }
-
-    // Scores of split n for the blocks that are seen at all, -inf where a row does not see; how many blocks.
-    int scores(int n) { return score(find(n)); }
-    int score(int active) {
-        const int tokens = tile_.hi - tile_.lo;
-        for (int j = 0; j < active; ++j) {
-            const auto* k = (const typename Query::weight*)keys_[j];
-            product<Query>(rows_, BLOCK, s_.q.data(), dim_, 0, &k, 1, dim_ / Query::PAIR, E::scores(&s_.score[j * BLOCK], keys_[j], dim_, s_.q_rows));
-            if (call_.cap > 0) cap(j * BLOCK);
-            if (full_[j]) {
-                visible_ += (int64_t)rows_ * BLOCK;
-                continue;
-            }
-            for (int i = 0; i < rows_; ++i) {
-                const uint64_t m = s_.mask[(size_t)j * tokens + i / tile_.group];
-                visible_ += __builtin_popcountll(m);
-                float* score = &s_.score[(size_t)i * SPLIT + j * BLOCK];
-                for (int e = 0; e < BLOCK; ++e) score[e] = m >> e & 1 ? score[e] : -INFINITY;
-            }
-        }
-        return active;
-    }
-
-    // Soft cap on a block's scores, which `scale` has not multiplied yet.
-    void cap(int at) {
-        const vf zero = {}, one = all(1.0f), limit = all(call_.cap / call_.scale);
-        const vf steep = all(2 * LOG2E * call_.scale / call_.cap);
-        for (int i = 0; i < rows_; ++i) {
-            float* score = &s_.score[(size_t)i * SPLIT + at];
-            for (int e = 0; e < BLOCK; e += W) {
-                const vf x = load(score + e), size = max(x, -x);
-                const vf small = exp2<5>(-(size * steep)), tanh = (one - small) / (one + small) * limit;
-                store(score + e, x < zero ? -tanh : tanh);
-            }
-        }
-    }
-
     // Softmax of split n and its product with V: part [rows, D], top and total [rows]; false if nobody sees anything.
     bool reduce(int n, float* part, float* top, float* total) {
-        const int active = scores(n);
-        if (!active) return false;
-        for (int i = 0; i < rows_; ++i) total[i] = weigh<false>(i, active, top[i]);
-        multiply(active, part);
-        return true;
-    }
-
-    // The split's weights over `count` blocks, in the scores' place, times V.
-    void multiply(int count, float* part) {
-        constexpr ptrdiff_t each = sizeof(typename Weight::scalar), stride = SPLIT * (ptrdiff_t)sizeof(float) / each;
-        const typename Weight::weight* v[SPLIT_BLOCKS];
-        for (int n = 0; n < count; ++n) v[n] = (const typename Weight::weight*)values_[n];
-        const auto times = [&](int first, int blocks, const auto& out) {
-            product<Weight>(rows_, dim_, (const typename Weight::scalar*)s_.score.data() + first * BLOCK, stride, BLOCK, v + first, blocks, BLOCK / Weight::PAIR, out);
-        };
-        if constexpr (E::BY_BLOCK) {
-            times(0, 1, Added<true>{part, dim_, s_.worth.data()});
-            for (int n = 1; n < count; ++n) times(n, 1, Added<false>{part, dim_, &s_.worth[n]});
-        } else {
-            times(0, count, Stored{part, dim_});
+        const Found found = find(n);
+        for (int r = 0; r < rows_; r += STRIP<E>) {
+            Strip<E> strip(call_, tile_, found, s_, r);
+            strip.template reduce<false>(part + (size_t)r * dim_, top + r, total + r);
+            visible_ += strip.visible();
         }
+        return found.count > 0;
     }
 
-    // The same where rows skip blocks whose scores lie far below what they have seen: the blocks at [begin, end) of the
-    // walk. What a row skips has the weight 0 and changes no bit, so what all of them skip is left out.
+    // The same of the blocks at [begin, end) of the walk where rows skip some.
     bool reduce_kept(int begin, int end, bool descending, float* part, float* top, float* total) {
-        const int active = score(find(begin, end, true));
-        for (int n = 0; n < active; ++n) vote(descending ? active - 1 - n : n);
-        int count = 0;
-        for (int j = 0; j < active; ++j) {
-            const uint8_t* kept = &s_.kept[(size_t)j * rows_];
-            if (!std::memchr(kept, 1, rows_)) continue;
-            values_[count] = values_[j];
-            place_[count++] = j;
+        const Found found = find(begin, end, true);
+        for (int r = 0; r < rows_; r += STRIP<E>) {
+            Strip<E> strip(call_, tile_, found, s_, r);
+            strip.skip(descending);
+            strip.template reduce<true>(part + (size_t)r * dim_, top + r, total + r);
+            visible_ += strip.visible();
         }
-        if (!count) return false;
-        for (int i = 0; i < rows_; ++i) total[i] = weigh<true>(i, count, top[i]);
-        multiply(count, part);
-        return true;
-    }
-
-    // Which rows keep block j.
-    void vote(int j) {
-        const int tokens = tile_.hi - tile_.lo;
-        for (int i = 0; i < rows_; ++i) {
-            const float* score = &s_.score[(size_t)i * SPLIT + j * BLOCK];
-            vf most = load(score);
-            for (int e = W; e < BLOCK; e += W) most = max(most, load(score + e));
-            const float high = highest_fast(most);
-            const bool keep = high > -INFINITY && !(high - s_.best[i] < s_.below[i]);  // never -inf minus -inf
-            s_.kept[(size_t)j * rows_ + i] = keep;
-            s_.best[i] = std::max(s_.best[i], high);
-            if (!keep) visible_ -= full_[j] ? BLOCK : __builtin_popcountll(s_.mask[(size_t)j * tokens + i / tile_.group]);
-        }
-    }
-
-    // Weights of row i over `count` blocks, side by side, in powers of two from `top` on; their sum. If SKIPS, over those
-    // that the row keeps. Where each block's have a top of their own, `worth` says what that is beside the row's.
-    template <bool SKIPS>
-    float weigh(int i, int count, float& top) {
-        float* score = &s_.score[(size_t)i * SPLIT];
-        float* worth = &s_.worth[(size_t)i * TOPS];
-        const vf scale = all(log2_scale_), none = {};
-        const auto place = [&](int n) { return SKIPS ? place_[n] * BLOCK : n * BLOCK; };
-        const auto keeps = [&](int n) { return !SKIPS || s_.kept[(size_t)place_[n] * rows_ + i]; };
-        float tops[TOPS];
-        vf high = all(LOWEST);
-        for (int n = 0; n < count; ++n) {
-            for (int at = place(n), e = at; keeps(n) && e < at + BLOCK; e += W) high = max(high, E::level(load(score + e), scale, s_.shares, e));
-            if constexpr (E::BY_BLOCK) tops[n] = highest_fast(high), high = all(LOWEST);
-        }
-        if constexpr (E::BY_BLOCK) {
-            std::fill(tops + count, tops + TOPS, LOWEST);
-            for (int n = 0; n < TOPS; n += W) high = max(high, load(tops + n));
-            for (int n = 0; n < TOPS; n += W) store(worth + n, exp2<5>(load(tops + n) - all(highest_fast(high))));
-        }
-        top = E::top(highest_fast(high), log2_scale_);
-        auto* weight = (typename Weight::scalar*)score;  // in place: never ahead of what is read
-        vf mass = {};
-        for (int n = 0; n < count; ++n) {
-            const vf shift = all(-(E::BY_BLOCK ? E::top(tops[n], log2_scale_) : top));
-            vf part = {};
-            for (int at = place(n), e = 0; e < BLOCK; e += W)
-                E::narrow(weight + n * BLOCK + e, keeps(n) ? E::weight(load(score + at + e), scale, shift, s_.shares, at + e, E::BY_BLOCK ? part : mass) : none);
-            if constexpr (E::BY_BLOCK) mass = fma(part, all(worth[n]), mass);
-        }
-        return sum(mass);
+        return found.count > 0;
     }
 
     // Join a split onto what the splits before it gave.
@@ -255,18 +119,49 @@ class TileWork {
 
     // Add the softmax mass of rows from ordinal `first` on onto sums[entry], row by row, for split n.
     void probe(int n, int64_t first, const float* lse2, float* sums, int64_t length) {
-        const int active = scores(n);
-        for (int i = 0; i < rows_; ++i) {
-            const int row = tile_.lo + i / tile_.group, head = tile_.head + i % tile_.group;
-            const float lse = lse2[row * call_.num_heads + head];
-            if (call_.tok[row] < first || lse == -INFINITY) continue;
-            for (int j = 0; j < active; ++j) add(&s_.score[(size_t)i * SPLIT + j * BLOCK], lse, sums, number_[j], length);
+        const Found found = find(n);
+        for (int r = 0; r < rows_; r += STRIP<E>) {
+            Strip<E> strip(call_, tile_, found, s_, r);
+            for (int i = 0; i < strip.rows(); ++i) {
+                const int row = tile_.lo + (r + i) / tile_.group, head = tile_.head + (r + i) % tile_.group;
+                const float lse = lse2[row * call_.num_heads + head];
+                if (call_.tok[row] < first || lse == -INFINITY) continue;
+                for (int j = 0; j < strip.count(); ++j) add(strip.scores(i, j), lse, sums, strip.number(j), length);
+            }
         }
     }
 
     int64_t visible() const { return visible_; }
 
   private:
+    // Which blocks of split n are seen at all.
+    Found find(int n) {
+        const int first = splits_in_place(), columns = (int)s_.walk.columns.size();
+        const int begin = (n < first ? n : n - first) * SPLIT_BLOCKS;
+        return find(begin, std::min(begin + SPLIT_BLOCKS, n < first ? in_place_ : (columns + BLOCK - 1) / BLOCK), n < first);
+    }
+    Found find(int begin, int end, bool in_place) {
+        const int tokens = tile_.hi - tile_.lo, columns = (int)s_.walk.columns.size();
+        Found found;
+        for (int i = begin; i < end; ++i) {
+            const int j = found.count, b = in_place ? seen_.nth(i) : i;
+            uint64_t* mask = &s_.mask[(size_t)j * tokens];
+            const Seen::Sum sum = in_place ? seen_.rows(b, mask) : seen_.columns(&s_.walk.columns[(size_t)i * BLOCK], std::min(BLOCK, columns - i * BLOCK), mask);
+            if (!sum.any) continue;
+            found.number[j] = b;
+            found.every[j] = sum.every == ~0ull;
+            if (in_place) {
+                const ptrdiff_t at = seen_.block(b) * words_;
+                found.keys[j] = (const uint32_t*)call_.k + at, found.values[j] = (const uint32_t*)call_.v + at;
+            } else {
+                found.keys[j] = s_.gathered.block(call_, tile_, s_.walk, i), found.values[j] = found.keys[j] + words_;
+            }
+            s_.shares.set(j * BLOCK, found.values[j], dim_);
+            ++found.count;
+        }
+        return found;
+    }
+
     static int splits_of(int blocks) { return (blocks + SPLIT_BLOCKS - 1) / SPLIT_BLOCKS; }
     int splits_in_place() const { return splits_of(in_place_); }
     void add(const float* score, float lse, float* sums, int block, int64_t length) {
@@ -283,9 +178,6 @@ class TileWork {
     const int dim_, rows_, in_place_;
     const ptrdiff_t words_;
     const float log2_scale_;
-    const uint32_t *keys_[SPLIT_BLOCKS], *values_[SPLIT_BLOCKS];
-    int number_[SPLIT_BLOCKS], place_[SPLIT_BLOCKS];
-    bool full_[SPLIT_BLOCKS];
     std::vector<float> tops_;
     int64_t visible_ = 0;
 };

@@ -1,10 +1,11 @@
 // Attention over the block pool: every plan, every view, any slice of rows.
 //
 // Rows of a request that share a list are packed into tiles, tokens by query heads of a KV head. A tile reduces the
-// view in splits of 512 entries: scores of all blocks that any of its rows sees, one softmax over them, their product
-// with V. Splits join in ascending order. What a row does not see enters as p = 0, which changes no bit, so a row's
-// result is its own: neither tile mates, nor slices, nor threads matter, and decode rows equal prompt rows. Where a plan
-// has rows skip blocks, splits come one after the other in the order of its scan, since what is skipped depends on it.
+// view in splits of 512 entries, a strip of its rows after the other: scores of all blocks that any of them sees, one
+// softmax over them, their product with V. Splits join in ascending order. What a row does not see enters as p = 0 or is
+// left out, and neither changes a bit, so a row's result is its own: neither tile mates, nor slices, nor threads matter,
+// and decode rows equal prompt rows. Where a plan has rows skip blocks, splits come one after the other in the order of
+// its scan, since what is skipped depends on it.
 #include "attention.h"
 
 #include <omp.h>

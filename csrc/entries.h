@@ -60,7 +60,13 @@ struct Plain {
     static constexpr ptrdiff_t words(ptrdiff_t dim) { return BLOCK * dim / T::PAIR; }  // of 32 bits, K or V of a block
 
     // What it takes to read K of one block, V of a split.
-    using Scores = Stored;
+    struct Scores {
+        template <class Sums>
+        void begin(Sums& sums, int) const {
+            sums.clear();
+        }
+        vf of(vf sum, int, int) const { return sum; }
+    };
     struct Rows {
         void resize(size_t) {}
     };
@@ -70,7 +76,7 @@ struct Plain {
     static void take(const typename T::scalar* q, int dim, typename T::scalar* to, Rows&, int) {
         std::memcpy(to, q, dim * sizeof *q);
     }
-    static Scores scores(float* to, const uint32_t*, ptrdiff_t, const Rows&) { return {to, SPLIT}; }
+    static Scores scores(const uint32_t*, ptrdiff_t, const Rows&, int) { return {}; }
 
     // A row's scores to weights, against `top`: what its highest level makes it, in powers of two.
     static vf level(vf score, vf, const Shares&, int) { return score; }
@@ -99,20 +105,14 @@ struct Eighths {
         void resize(size_t n) { start.resize(n), step.resize(n); }
     };
     struct Scores {
-        float* to;
         const float* scale;
-        const Rows& rows;
+        const int32_t* start;
+        const float* step;
         template <class Sums>
         void begin(Sums& sums, int row) const {
-            sums.begin([&](int i, int) { return rows.start[row + i] - vi{}; });
+            sums.begin([&](int i, int) { return start[row + i] - vi{}; });
         }
-        template <class Sums>
-        void put(Sums& sums, int row, int column) const {
-            sums.each([&](int i, int j, vi sum) {
-                const vf score = __builtin_convertvector(sum, vf) * load(scale + column + j * W);
-                store(to + (ptrdiff_t)(row + i) * SPLIT + column + j * W, score * all(rows.step[row + i]));
-            });
-        }
+        vf of(vi sum, int row, int column) const { return __builtin_convertvector(sum, vf) * load(scale + column) * all(step[row]); }
     };
     // Of each entry of a split the logarithm of V's scale, to base 2, and the scale's reciprocal.
     struct Shares {
@@ -133,12 +133,12 @@ struct Eighths {
         for (int d = 0; d < dim; ++d) sum += to[d] = (int8_t)((uint8_t)to[d] ^ 128);
         rows.start[row] = -128 * sum;
     }
-    static Scores scores(float* to, const uint32_t* k, ptrdiff_t dim, const Rows& rows) { return {to, scales(k, dim), rows}; }
+    static Scores scores(const uint32_t* k, ptrdiff_t dim, const Rows& rows, int row) { return {scales(k, dim), &rows.start[row], &rows.step[row]}; }
 
     static vf level(vf score, vf scale, const Shares& shares, int at) { return fma(score, scale, load(shares.log + at)); }
     static float top(float highest, float) { return highest - LOG2_MOST; }
     static vf weight(vf score, vf scale, vf shift, const Shares& shares, int at, vf& mass) {
-        const vf p = exp2<4>(fma(score, scale, shift + load(shares.log + at)));
+        const vf p = exp2<3>(fma(score, scale, shift + load(shares.log + at)));
         mass = fma(p, load(shares.one_in + at), mass);
         return p;
     }

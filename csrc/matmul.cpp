@@ -113,7 +113,15 @@ class Linear {
                     S* kept = waiting + (r - p.r0) * N;
                     if (g) s.recall(kept);
                     else begin(s, p);
-                    s.template add<FETCH>((const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR, call_.x_row, b, ldb, n, (const char*)(w + (g + n) * LDB) + (r - p.r0) / MOST * n * step, step);
+                    const auto* x = (const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR;
+                    const char* ahead = (const char*)(w + (g + n) * LDB) + (r - p.r0) / MOST * n * step;
+                    const auto fetch = [=]() mutable {  // what the next rows read, into the cache
+#pragma GCC unroll 4
+                        for (int l = 0; l < 4; ++l) __builtin_prefetch(ahead + l * 64, 0, 2);
+                        ahead += step;
+                    };
+                    if constexpr (FETCH) s.add(x, call_.x_row, b, ldb, n, fetch);
+                    else s.add(x, call_.x_row, b, ldb, n);
                     if (last) finish(s, p, r);
                     else s.keep(kept);
                 });

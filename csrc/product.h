@@ -32,25 +32,22 @@ inline void with_sums(int rows, Body body) {
     }
 }
 
-// out[rows, columns] = sum over `count` parts of a[rows, groups] b[groups, columns]: parts lie `a_part` scalars apart in a,
-// and b points to each part's matrix, [groups, columns] of PAIR scalars.
-template <class P, class Out>
-void product(int rows, int columns, const typename P::scalar* a, ptrdiff_t lda, ptrdiff_t a_part,
-             const typename P::weight* const* b, int count, int groups, const Out& out) {
-    const ptrdiff_t ldb = (ptrdiff_t)columns * P::PAIR;
+// out[rows, columns] in tiles of sums: add(sums, row, column) for each tile, which begins there.
+template <class P, class Out, class Add>
+void product(int rows, int columns, const Out& out, Add add) {
     const auto vectors = [&](auto n_vectors, int n) {
         constexpr int N = n_vectors, MOST = HEIGHT<P, N>;
         for (int r = 0; r < rows; r += MOST)
             with_sums<P, N>(std::min(MOST, rows - r), [&](auto& sums) {
                 out.begin(sums, r);
-                for (int part = 0; part < count; ++part)
-                    sums.add(a + r * lda + part * a_part, lda, b[part] + n * P::PAIR, ldb, groups);
+                add(sums, r, n);
                 out.put(sums, r, n);
             });
     };
     constexpr int N = WIDTH<P>;
     int n = 0;
     for (; n + N * W <= columns; n += N * W) vectors(std::integral_constant<int, N>{}, n);
+    if (N > 2 && n + 2 * W <= columns) vectors(std::integral_constant<int, 2>{}, n), n += 2 * W;
     for (; n < columns; n += W) vectors(std::integral_constant<int, 1>{}, n);
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "entries.h"
+#include "product.h"
 #include "seen.h"
 
 namespace firstlight::FIRSTLIGHT_VARIANT {
@@ -79,7 +80,11 @@ class Gathered {
     std::vector<bool> done_;
 };
 
-// A thread's memory: what its list reads, the tile's rows, and one split's scores. Kept from call to call.
+// Rows of a strip: those of a whole tile of sums.
+template <class E>
+constexpr int STRIP = HEIGHT<typename E::Query, WIDTH<typename E::Query>>;
+
+// A thread's memory: what its list reads, the tile's rows, and a strip's scores. Kept from call to call.
 template <class E>
 struct Scratch {
     Walk walk;
@@ -87,10 +92,12 @@ struct Scratch {
     Lines<typename E::Query::scalar> q;
     typename E::Rows q_rows;
     typename E::Shares shares;
-    Lines<float> score, part, out, worth;
+    Lines<float> part, out;
     std::vector<float> top, total, best, below;
-    std::vector<uint8_t> kept;
     std::vector<uint64_t> mask;
+    // of a strip: scores, then weights; the highest scores of each block and the sums of weights, by lanes; each block's worth
+    alignas(64) float score[STRIP<E> * SPLIT], high[SPLIT_BLOCKS * STRIP<E> * W], mass[STRIP<E> * W], worth[STRIP<E> * TOPS];
+    uint8_t kept[SPLIT_BLOCKS * STRIP<E>];
     void begin(const AttnArgs& call, const Tile& tile, bool by_number = false) {
         walk.begin(call, tile, by_number);
         gathered.begin(walk);
@@ -98,8 +105,7 @@ struct Scratch {
     void reserve(int rows, int dim) {
         const size_t n = (size_t)rows;
         if (q.size() < n * dim) q.resize(n * dim), part.resize(n * dim), out.resize(n * dim);
-        if (top.size() < n) q_rows.resize(n), worth.resize(n * TOPS);
-        if (top.size() < n) score.resize(n * SPLIT), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS), best.resize(n), below.resize(n), kept.resize(n * SPLIT_BLOCKS);
+        if (top.size() < n) q_rows.resize(n), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS), best.resize(n), below.resize(n);
     }
 };
 

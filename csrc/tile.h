@@ -14,6 +14,7 @@ constexpr int MR = 6, NV = W == 16 ? 4 : 2;
 template <class T, int R, int N>
 struct Sums {
     using S = typename T::sum;
+    static constexpr int MOST = R;  // rows
     S at[R][N];
 
     // f(row, vector, sum) for all of them.
@@ -43,18 +44,13 @@ struct Sums {
         each([=](int i, int j, S sum) { store(to + i * stride + j * W, sum); });
     }
 
-    // += a[R, groups] b[groups, N vectors]: rows of a lie `lda` scalars apart, groups of b `ldb`.
-    // While it runs, memory from `ahead` on is fetched into the cache, `step` bytes a group, if FETCH.
-    template <bool FETCH = false>
-    inline void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups,
-                    const char* ahead = nullptr, ptrdiff_t step = 0) {
+    // += a[R, groups] b[groups, N vectors]: rows of a lie `lda` scalars apart, groups of b `ldb`. beside() is called for
+    // each group: what it does runs in the gaps that the products leave.
+    template <class Beside>
+    inline __attribute__((always_inline)) void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups, Beside beside) {
 #pragma GCC unroll 2
         for (int64_t g = 0; g < groups; ++g, a += T::PAIR, b += ldb) {
-            if constexpr (FETCH) {
-#pragma GCC unroll 4
-                for (int l = 0; l < 4; ++l) __builtin_prefetch(ahead + l * 64, 0, 2);
-                ahead += step;
-            }
+            beside();
 #pragma GCC unroll 8
             for (int i = 0; i < R; ++i) {
                 const auto x = T::group_at(a + i * lda);
@@ -62,6 +58,9 @@ struct Sums {
                 for (int j = 0; j < N; ++j) at[i][j] = T::dot(at[i][j], x, b + j * W * T::PAIR);
             }
         }
+    }
+    inline __attribute__((always_inline)) void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups) {
+        add(a, lda, b, ldb, groups, [] {});
     }
 };
 

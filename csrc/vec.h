@@ -50,6 +50,17 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
+// x in lanes whose bit is set, `otherwise` in the others.
+inline vf where(uint64_t bits, vf x, float otherwise) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_mask_mov_ps((__m512)all(otherwise), (__mmask16)bits, (__m512)x);
+#else
+    vu lane;
+    for (int i = 0; i < W; ++i) lane[i] = 1u << i;
+    return (((uint32_t)bits - vu{}) & lane) != 0 ? x : all(otherwise);
+#endif
+}
+
 inline float highest(vf v) {
     float top = v[0];
     for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
@@ -68,8 +79,8 @@ inline float highest_fast(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 inline float highest_fast(vf v) { return highest(v); }
 #endif
 
-// 2^x for x <= 0; exactly 1 at 0 and exactly 0 from -127 down, -inf included. Relative error 1e-7 (TERMS 5) or 3e-6 (TERMS
-// 4): minimax polynomials on [-1/2, 1/2] through 1 at 0.
+// 2^x for x <= 0; exactly 1 at 0 and exactly 0 from -127 down, -inf included. Relative error 1e-7 (TERMS 5) or 1e-4 (TERMS
+// 3, for numbers that are rounded to 8 bits): minimax polynomials on [-1/2, 1/2] through 1 at 0.
 template <int TERMS>
 inline vf exp2(vf x) {
     const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
@@ -84,10 +95,9 @@ inline vf exp2(vf x) {
         p = fma(p, f, all(2.4022242e-1f));
         p = fma(p, f, all(6.9314700e-1f));
     } else {
-        p = all(9.5828529e-3f);
-        p = fma(p, f, all(5.5906426e-2f));
-        p = fma(p, f, all(2.4024099e-1f));
-        p = fma(p, f, all(6.9312418e-1f));
+        p = all(5.5008930e-2f);
+        p = fma(p, f, all(2.4221096e-1f));
+        p = fma(p, f, all(6.9328293e-1f));
     }
     p = fma(p, f, all(1.0f));
     const vi scaled = (vi)p + ((vi)t << 23);
@@ -126,7 +136,7 @@ struct BF16 {
     using weight = uint16_t;
     using sum = vf;
     static constexpr int PAIR = 2;
-    static constexpr int TERMS = 4;
+    static constexpr int TERMS = 3;
     using group = vu;
     static vu group_at(const uint16_t* a) {
         uint32_t pair;

@@ -1,0 +1,269 @@
+// A strip of a tile: as many rows as a tile of sums has, against the blocks of one split. Scores, their softmax, its
+// product with V. Scores of a strip stay in the first-level cache.
+//
+// The softmax has two passes, so nothing is rescaled. The highest scores are found as products end; a block's exponentials
+// run beside the product of the block before it with V, in the gaps that dot products leave.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "product.h"
+#include "scratch.h"
+
+namespace firstlight::FIRSTLIGHT_VARIANT {
+namespace {
+
+constexpr float LOWEST = -1e30f;  // stands for -inf where a difference is taken
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+
+// Blocks of a split that any row of a tile sees. `every`: all rows see all of it, and it has no masks.
+struct Found {
+    int count = 0, number[SPLIT_BLOCKS];
+    const uint32_t *keys[SPLIT_BLOCKS], *values[SPLIT_BLOCKS];
+    bool every[SPLIT_BLOCKS];
+};
+
+// Where scores of a block go: `to`, and the highest of each row's levels by lanes, `high`.
+template <class E>
+struct Scored {
+    typename E::Scores scores;
+    const typename E::Shares& shares;
+    int share;  // the block's first
+    vf scale;
+    float *to, *high;
+    template <class Sums>
+    void begin(Sums& sums, int row) const {
+        scores.begin(sums, row);
+    }
+    template <class Sums>
+    void put(Sums& sums, int row, int column) const {
+        vf top[Sums::MOST];
+        for (int i = 0; i < Sums::MOST; ++i) top[i] = column ? load(high + i * W) : all(LOWEST);
+        sums.each([&](int i, int j, auto sum) {
+            const int at = column + j * W;
+            const vf score = scores.of(sum, row + i, at);
+            top[i] = max(top[i], E::level(score, scale, shares, share + at));
+            store(to + (row + i) * SPLIT + at, score);
+        });
+        for (int i = 0; i < Sums::MOST; ++i) store(high + i * W, top[i]);
+    }
+};
+
+template <class E>
+class Strip {
+  public:
+    using Query = typename E::Query;
+    using Weight = typename E::Weight;
+    static constexpr int ROWS = STRIP<E>;
+    static_assert(ROWS == HEIGHT<Weight, WIDTH<Weight>>);
+
+    // Rows [first, first + ROWS) of the tile, or up to its end.
+    Strip(const AttnArgs& call, const Tile& tile, const Found& found, Scratch<E>& s, int first)
+        : call_(call), tile_(tile), found_(found), s_(s), first_(first), rows_(std::min(ROWS, tile.rows() - first)), dim_((int)call.head_dim),
+          scale_(call.scale * LOG2E) {
+        for (int j = 0; j < found.count; ++j) score(j);
+    }
+
+    int count() const { return count_; }
+    int rows() const { return rows_; }
+    int64_t visible() const { return visible_; }
+    // A row's scores for the n-th block that the strip sees, [BLOCK]; the block's number.
+    const float* scores(int row, int n) {
+        std::fill(at(row, n) + parts_[n].width, at(row, n) + BLOCK, -INFINITY);
+        return at(row, n);
+    }
+    int number(int n) const { return found_.number[parts_[n].found]; }
+
+    // Which rows keep a block and which skip it, its scores lying far below what they have seen: block by block, in the
+    // order in which they look. What a row skips has the weight 0 and changes no bit, so what all of them skip is left out.
+    void skip(bool descending) {
+        for (int n = 0; n < count_; ++n) vote(descending ? count_ - 1 - n : n);
+        int kept = 0;
+        for (int n = 0; n < count_; ++n)
+            if (std::memchr(&s_.kept[n * ROWS], 1, rows_)) parts_[kept++] = parts_[n];
+        count_ = kept;
+    }
+
+    // Softmax and its product with V: part [rows, D], top and total [rows].
+    template <bool SKIPS>
+    void reduce(float* part, float* top, float* total) {
+        if (!count_) {
+            std::fill_n(part, rows_ * dim_, 0.0f), std::fill_n(top, rows_, LOWEST), std::fill_n(total, rows_, 0.0f);
+            return;
+        }
+        for (int i = 0; i < rows_; ++i) top[i] = level<SKIPS>(i);
+        Weights<SKIPS> weights(*this);
+        weights.begin(0);
+        weights.rest();
+        // Inlined by force, here and below: a call would put the sums into memory.
+        const auto add = [&](auto& sums, int n, int row, int column) __attribute__((always_inline)) {
+            const auto* weight = (const typename Weight::scalar*)&s_.score[row * SPLIT] + n * BLOCK;
+            const auto* v = (const typename Weight::weight*)found_.values[parts_[n].found] + column * Weight::PAIR;
+            const ptrdiff_t stride = SPLIT * (sizeof(float) / sizeof *weight), step = dim_ * Weight::PAIR;
+            const int groups = parts_[n].width / Weight::PAIR;
+            const bool next = !column && n + 1 < count_, whole = rows_ == ROWS;  // with fewer rows there are too few products
+            if (next) weights.begin(n + 1);
+            if (next && whole) sums.add(weight, stride, v, step, groups, [&] { weights.some(); });
+            else sums.add(weight, stride, v, step, groups);
+            if (next) weights.rest();
+        };
+        if constexpr (E::BY_BLOCK) {
+            for (int n = 0; n < count_; ++n) {
+                const auto one = [&](auto& sums, int row, int column) __attribute__((always_inline)) { add(sums, n, row, column); };
+                if (n == 0) product<Weight>(rows_, dim_, Added<true>{part, dim_, s_.worth}, one);
+                else product<Weight>(rows_, dim_, Added<false>{part, dim_, &s_.worth[n]}, one);
+            }
+        } else {
+            product<Weight>(rows_, dim_, Stored{part, dim_}, [&](auto& sums, int row, int column) __attribute__((always_inline)) {
+                for (int n = 0; n < count_; ++n) add(sums, n, row, column);
+            });
+        }
+        for (int i = 0; i < rows_; ++i) total[i] = sum(load(&s_.mass[i * W]));
+    }
+
+  private:
+    // A block that some row of the strip sees, up to entry `width`: which of those found, and where its scores are.
+    struct Part {
+        int found, place, width;
+    };
+
+    float* at(int row, int n) { return &s_.score[row * SPLIT + parts_[n].place * BLOCK]; }
+    float* high(int row, int place) { return &s_.high[(place * ROWS + row) * W]; }
+    uint64_t mask(int row, int found) const {
+        return found_.every[found] ? ~0ull : s_.mask[(size_t)found * (tile_.hi - tile_.lo) + (first_ + row) / tile_.group];
+    }
+
+    void score(int found) {
+        uint64_t any = 0, every = ~0ull;
+        for (int i = 0; i < rows_; ++i) {
+            const uint64_t m = mask(i, found);
+            any |= m, every &= m, visible_ += __builtin_popcountll(m);
+        }
+        if (!any) return;
+        const int width = (BLOCK - __builtin_clzll(any) + W - 1) / W * W, n = count_++;
+        parts_[n] = {found, n, width};
+        const auto* k = (const typename Query::weight*)found_.keys[found];
+        product<Query>(rows_, width, Scored<E>{E::scores(found_.keys[found], dim_, s_.q_rows, first_), s_.shares, found * BLOCK, all(scale_), at(0, n), high(0, n)},
+                       [&](auto& sums, int row, int column) __attribute__((always_inline)) {
+                           sums.add(&s_.q[(size_t)(first_ + row) * dim_], dim_, k + column * Query::PAIR, BLOCK * Query::PAIR, dim_ / Query::PAIR);
+                       });
+        if (every != ~0ull || call_.cap > 0) revise(n);
+    }
+
+    // Soft cap on a block's scores, -inf where a row doesn't see.
+    void revise(int n) {
+        for (int i = 0; i < rows_; ++i) {
+            const uint64_t m = mask(i, parts_[n].found);
+            vf top = all(LOWEST);
+            for (int e = 0; e < parts_[n].width; e += W) {
+                const vf x = load(at(i, n) + e), score = where(m >> e, call_.cap > 0 ? capped(x) : x, -INFINITY);
+                top = max(top, E::level(score, all(scale_), s_.shares, parts_[n].found * BLOCK + e));
+                store(at(i, n) + e, score);
+            }
+            store(high(i, n), top);
+        }
+    }
+    // Of scores which `scale` has not multiplied yet.
+    vf capped(vf x) const {
+        const vf size = max(x, -x), one = all(1.0f), limit = all(call_.cap / call_.scale);
+        const vf small = exp2<5>(-(size * all(2 * LOG2E * call_.scale / call_.cap))), tanh = (one - small) / (one + small) * limit;
+        return x < vf{} ? -tanh : tanh;
+    }
+
+    void vote(int n) {
+        for (int i = 0; i < rows_; ++i) {
+            vf most = all(-INFINITY);
+            for (int e = 0; e < parts_[n].width; e += W) most = max(most, load(at(i, n) + e));
+            const float top = highest_fast(most);
+            float& best = s_.best[first_ + i];
+            const bool keep = top > -INFINITY && !(top - best < s_.below[first_ + i]);  // never -inf minus -inf
+            s_.kept[n * ROWS + i] = keep;
+            best = std::max(best, top);
+            if (!keep) visible_ -= __builtin_popcountll(mask(i, parts_[n].found));
+        }
+    }
+
+    bool keeps(int row, int n) const { return s_.kept[parts_[n].place * ROWS + row]; }
+
+    // What row i's weights count from in powers of two: `shift` takes it off. Where each block's have a top of their own,
+    // `worth` says what that is beside the row's.
+    template <bool SKIPS>
+    float level(int i) {
+        vf most = all(LOWEST);
+        float tops[TOPS];
+        std::fill_n(tops, TOPS, LOWEST);
+        for (int n = 0; n < count_; ++n) {
+            const vf top = !SKIPS || keeps(i, n) ? load(high(i, parts_[n].place)) : all(LOWEST);
+            if constexpr (E::BY_BLOCK) tops[n] = highest_fast(top);
+            else most = max(most, top);
+        }
+        if constexpr (E::BY_BLOCK) {
+            for (int n = 0; n < TOPS; n += W) most = max(most, load(tops + n));
+            for (int n = 0; n < TOPS; n += W) store(&s_.worth[i * TOPS + n], exp2<5>(load(tops + n) - all(highest_fast(most))));
+            for (int n = 0; n < count_; ++n) shift_[n][i] = -E::top(tops[n], scale_);
+        }
+        const float top = E::top(highest_fast(most), scale_);
+        if constexpr (!E::BY_BLOCK) shift_[0][i] = -top;
+        store(&s_.mass[i * W], vf{});
+        return top;
+    }
+
+    // A block's weights, side by side, in the place of scores: never ahead of those that are still to be read.
+    template <bool SKIPS>
+    class Weights {
+      public:
+        explicit Weights(Strip& strip) : strip_(strip), rows_(strip.rows_), scale_(all(strip.scale_)) {}
+        void begin(int n) {
+            row_ = 0, n_ = n;
+            from_ = strip_.at(0, n), to_ = (typename Weight::scalar*)&strip_.s_.score[0] + n * BLOCK;
+            shift_ = strip_.shift_[E::BY_BLOCK ? n : 0];
+            width_ = strip_.parts_[n].width, share_ = strip_.parts_[n].found * BLOCK;
+        }
+        // Called for each group of a product: a row every now and then, so that the last is done about when the product is.
+        inline __attribute__((always_inline)) void some() {
+            constexpr int EVERY = std::max(1, BLOCK / Weight::PAIR / ROWS);
+            if (++calls_ % EVERY == 0 && row_ < rows_) next();
+        }
+        void rest() {
+            while (row_ < rows_) next();
+        }
+
+      private:
+        inline __attribute__((always_inline)) void next() {
+            Scratch<E>& s = strip_.s_;
+            const bool keeps = !SKIPS || strip_.keeps(row_, n_);
+            const vf scale = scale_, shift = all(shift_[row_]), none = {};
+            const int width = width_, share = share_;  // here, since bytes may be stored anywhere
+            const float* from = from_;
+            auto* to = to_;
+            float* mass = &s.mass[row_ * W];
+            vf sum = E::BY_BLOCK ? none : load(mass);
+            for (int e = 0; e < width; e += W) E::narrow(to + e, keeps ? E::weight(load(from + e), scale, shift, s.shares, share + e, sum) : none);
+            store(mass, E::BY_BLOCK ? fma(sum, all(s.worth[row_ * TOPS + n_]), load(mass)) : sum);
+            ++row_, from_ += SPLIT, to_ += SPLIT * (sizeof(float) / sizeof *to_);
+        }
+
+        Strip& strip_;
+        const int rows_;
+        const vf scale_;
+        int n_, row_, width_, share_;
+        unsigned calls_ = 0;
+        const float *from_, *shift_;
+        typename Weight::scalar* to_;
+    };
+
+    const AttnArgs& call_;
+    const Tile& tile_;
+    const Found& found_;
+    Scratch<E>& s_;
+    const int first_, rows_, dim_;
+    const float scale_;  // of scores, in powers of two
+    int count_ = 0;
+    Part parts_[SPLIT_BLOCKS];
+    float shift_[E::BY_BLOCK ? SPLIT_BLOCKS : 1][ROWS];
+    int64_t visible_ = 0;
+};
+
+}  // namespace
+}  // namespace firstlight::FIRSTLIGHT_VARIANT
