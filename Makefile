@@ -53,7 +53,7 @@ lint: $(VENV)/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/installed  ## write the generated pages and the tree in README.md anew
+docs: $(VENV)/installed  ## write the generated pages and the trees of files anew
 	$(BIN)/python -m firstlight.cli.docs
 
 wheel: $(VENV)/tested  ## build dist/*.whl

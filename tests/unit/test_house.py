@@ -120,7 +120,7 @@ def test_every_file_says_what_it_is_and_imports(path: Path) -> None:
     importlib.import_module(module_of(path))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cli.md", "docs/methods.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/cli.md", "docs/methods.md", "docs/tree.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     assert (ROOT / name).read_text("utf-8") == docs.pages(ROOT)[name], "run `make docs`"
 

@@ -1,1 +1,1 @@
-"""Which K/V there are: the block pool, and each request's block table over it."""
+"""Which K/V are there, and which stay? The block pool, and each request's block table over it."""

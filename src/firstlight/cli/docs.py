@@ -1,6 +1,6 @@
 """`python -m firstlight.cli.docs`: writes the pages that would drift if people wrote them, from the program itself.
 
-These are docs/cli.md, docs/methods.md and the tree in README.md. A test compares them with what this prints now.
+These are docs/cli.md, docs/methods.md, docs/tree.md and the tree in README.md. A test compares them with what this prints now.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ PATH_OF_A_PROMPT = [
     *(
         "llm",
         "llm_async",
+        "llm_document",
         "core",
         "cli",
         "prompt",
@@ -61,6 +62,7 @@ max_model_len = 4096
 method = ["band:sink=64,window=1024"]
 ```
 """
+_PACKAGE = "src/firstlight"
 _TREE = re.compile(r"(<!-- tree -->\n```\n).*?(```\n<!-- end of tree -->)", re.DOTALL)
 _NAME_WIDTH = 26
 _FIGURES = "benchmarks/results/methods.json"
@@ -85,22 +87,24 @@ def pages(root: Path) -> dict[str, str]:
     return {
         "docs/cli.md": cli_page(),
         "docs/methods.md": methods_page(json.loads((root / _FIGURES).read_text("utf-8"))),
-        "README.md": _TREE.sub(lambda found: found[1] + tree(root / "src" / "firstlight") + found[2], readme),
+        "docs/tree.md": f"{_NOTICE}# Every file, on the path of a prompt\n\n```\n{tree(root / _PACKAGE)}```\n",
+        "README.md": _TREE.sub(lambda found: found[1] + tree(root / _PACKAGE, files=False) + found[2], readme),
     }
 
 
-def tree(package: Path) -> str:
-    """The package's folders and files in the order of a prompt's path, each with its docstring's first sentence."""
-    return "".join(f"{line}\n" for line in ["src/firstlight/", *_folder(package, 1)])
+def tree(package: Path, files: bool = True) -> str:
+    """The package in the order of a prompt's path, each entry with its docstring's first sentence; without `files`, folders
+    and what stands beside them at the top."""
+    return "".join(f"{line}\n" for line in ["src/firstlight/", *_folder(package, 1, files)])
 
 
-def _folder(folder: Path, depth: int) -> Iterator[str]:
-    entries = [p for p in folder.iterdir() if _is_ours(p)]
+def _folder(folder: Path, depth: int, files: bool) -> Iterator[str]:
+    entries = [p for p in folder.iterdir() if _is_ours(p) and (files or depth == 1 or p.is_dir())]
     for path in sorted(entries, key=lambda p: (_rank(p), p.is_dir(), p.name)):
         name = f"{'  ' * depth}{path.name}{'/' * path.is_dir()}"
         yield f"{name.ljust(_NAME_WIDTH)} {_purpose(path / '__init__.py' if path.is_dir() else path)}".rstrip()
         if path.is_dir():
-            yield from _folder(path, depth + 1)
+            yield from _folder(path, depth + 1, files)
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,1 +1,1 @@
-"""What a setting costs and what it gives: speed now, on this machine; later, beside it, quality."""
+"""What a setting gives and what it costs: speed on this machine, beside other engines and the limit, and quality."""

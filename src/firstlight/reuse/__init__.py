@@ -1,1 +1,1 @@
-"""Which cells are already known."""
+"""Which cells of the grid are already known? The prefix cache, and documents on disk."""

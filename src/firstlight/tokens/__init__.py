@@ -1,1 +1,1 @@
-"""Which cells of the grid are computed at all: row policies, one file a method."""
+"""Which cells of the grid are computed at all? Row policies, one file a method."""
