@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from firstlight.cli.main import call
-from firstlight.core import registry
+from firstlight.core import files, registry
 from firstlight.core.config import Options
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability, Cut, Keep, Retention, RowPolicy
 from firstlight.core.request import Request, SamplingParams
-from firstlight.evaluate import grid, reading, reference, settings
+from firstlight.evaluate import books, grid, reading, reference, settings
 from firstlight.evaluate.grid import Grid, evaluate
 from tests.tiny import VOCABULARY, save_tiny, tiny_engine
 
@@ -284,6 +284,19 @@ def test_mistakes_get_one_line_before_anything_is_run(
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1
     assert (tmp_path / "notes.txt").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("task", ["agreement", "niah_single_2", "qa_2"])
+def test_a_task_without_its_text_is_one_line(
+    task: str, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    books.text_of.cache_clear()
+    reading._book_ids.cache_clear()
+    monkeypatch.setattr(books, "shipped", lambda name: files.shipped(f"{name}.gone"))
+    monkeypatch.setattr(grid, "LLM", None)
+    assert call(["eval", model, "--tasks", task, "--lengths", "512"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "gone is missing from this installation" in err and err.count("\n") == 1
 
 
 def test_settings_and_their_controls_stand_side_by_side(model: str, tmp_path: Path) -> None:

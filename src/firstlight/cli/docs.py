@@ -1,6 +1,7 @@
 """`python -m firstlight.cli.docs`: writes the pages that would drift if people wrote them, from the program itself.
 
-These are docs/cli.md, docs/methods.md, docs/tree.md and the tree in README.md. A test compares them with what this prints now.
+These are docs/cli.md, docs/methods.md, docs/tree.md and the tree in README.md. A test compares them with what this
+prints now.
 """
 
 from __future__ import annotations
@@ -93,8 +94,10 @@ def pages(root: Path) -> dict[str, str]:
 
 
 def tree(package: Path, files: bool = True) -> str:
-    """The package in the order of a prompt's path, each entry with its docstring's first sentence; without `files`, folders
-    and what stands beside them at the top."""
+    """The package in the order of a prompt's path, each entry with its docstring's first sentence.
+
+    Without `files` folders alone, and what stands beside them at the top.
+    """
     return "".join(f"{line}\n" for line in ["src/firstlight/", *_folder(package, 1, files)])
 
 

@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from firstlight.cli.breakdown import STATIONS, duration
 from firstlight.core.config import format_bytes
+from firstlight.core.files import shipped
 
 Found = Mapping[str, Any]
 """What `evaluate/inspection.py` gives."""
@@ -36,7 +36,7 @@ def page(found: Found, documents: Sequence[str] = ()) -> str:
         "report_json": escape(json.dumps(report, ensure_ascii=False, indent=2)),
         "data": json.dumps({key: value for key, value in found.items() if key != "report"}).replace("<", "\\u003c"),
     }
-    template = resources.files("firstlight").joinpath("cli/inspect.html").read_text("utf-8")
+    template = shipped("cli/inspect.html")
     return re.sub(r"\{\{(\w+)\}\}", lambda name: shown[name[1]], template)
 
 

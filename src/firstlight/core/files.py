@@ -1,4 +1,4 @@
-"""Files that others may read while we write them: weights, notes, documents; and the folder of those we derive."""
+"""Files: those that others may read while we write them (weights, notes, documents), and those that ship with us."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+
+from firstlight.core.errors import UserError
 
 
 def cache_dir() -> Path:
     """Where derived files live: $FIRSTLIGHT_CACHE or ~/.cache/firstlight. Not created here."""
     return Path(os.environ.get("FIRSTLIGHT_CACHE") or Path.home() / ".cache" / "firstlight")
+
+
+def shipped(name: str) -> str:
+    """Text of a file that comes with the package, by its path inside it. Raises UserError where it is missing."""
+    try:
+        return resources.files("firstlight").joinpath(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{name} is missing from this installation of Firstlight; install it again") from None
 
 
 @contextlib.contextmanager

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from importlib import resources
+
+from firstlight.core.files import shipped
 
 BOOKS = ("pride-and-prejudice", "the-adventures-of-sherlock-holmes", "the-federalist-papers")
 
 
 @functools.cache
 def text_of(book: str) -> str:
-    """The text of one of BOOKS."""
-    return resources.files("firstlight.evaluate").joinpath("texts", f"{book}.txt").read_text("utf-8")
+    """The text of one of BOOKS. Raises UserError where it is missing."""
+    return shipped(f"evaluate/texts/{book}.txt")
 
 
 def digest_of(book: str) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
 from typing import Any
 
 import firstlight
 from firstlight.core.errors import UserError
+from firstlight.core.files import shipped
 from firstlight.core.parts import PromptIds
 from firstlight.core.request import SamplingParams
 from firstlight.evaluate.machine import peak_rss_mb
@@ -24,7 +24,7 @@ TEXT = "moby-dick-chapter-87.txt"
 
 def shipped_text() -> str:
     """What prompts are made of."""
-    return resources.files("firstlight.evaluate").joinpath("texts", TEXT).read_text("utf-8")
+    return shipped(f"evaluate/texts/{TEXT}")
 
 
 def prompt_of(llm: LLM, num_tokens: int) -> list[int]:

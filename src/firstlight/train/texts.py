@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from importlib import resources
 
 from firstlight.core.errors import UserError
+from firstlight.core.files import shipped
 
 NAME = "moby-dick-chapter-87"
 
@@ -14,7 +14,7 @@ NAME = "moby-dick-chapter-87"
 @functools.cache
 def calibration_text() -> str:
     """About 6,000 tokens of prose."""
-    return resources.files("firstlight").joinpath("evaluate", "texts", f"{NAME}.txt").read_text("utf-8")
+    return shipped(f"evaluate/texts/{NAME}.txt")
 
 
 def pieces(ids: Sequence[int], count: int, length: int) -> list[list[int]]:
