@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +142,37 @@ def test_memory_is_free_while_the_prompt_runs(gates: str) -> None:
     # Half of the heads keep all; of the widest layer two heads have a chunk of 1,024 beside what stays.
     assert kv["bytes_peak"] <= (3 * 63 + 3 * 4 + 2 * 16) * COLUMN // 4 < 0.63 * dense
     assert kv["bytes_end"] <= (3 * 63 + 3 * 3) * COLUMN // 4
+
+
+def resident(tensor: Tensor) -> int:
+    """Bytes of a tensor that the process has in memory: its pages as the kernel counts them."""
+    page = os.sysconf("SC_PAGESIZE")
+    first, last = tensor.data_ptr() // page, -(-(tensor.data_ptr() + tensor.nbytes) // page)
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(8 * first)
+        entries = np.frombuffer(pages.read(8 * (last - first)), np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * page
+
+
+@pytest.fixture
+def small_pages() -> Iterator[None]:
+    """Pages of the usual size, or a page of 2 MB would count as touched where 8 KB were."""
+    set_thp_disable, prctl = 41, ctypes.CDLL(None).prctl
+    prctl(set_thp_disable, 1, 0, 0, 0)
+    yield
+    prctl(set_thp_disable, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("method", ["dense", "duoattention", "all heads stream"])
+def test_the_process_holds_no_more_than_the_pool_says(gates: str, method: str, small_pages: None) -> None:
+    ids, block = [i * 7 % VOCABULARY for i in range(4000)], COLUMN // 4
+    options = {"method": []} if method == "dense" else {}
+    made = engine(gates, ",streaming_ratio=1" if method == "all heads stream" else "", kv_memory="64MB", **options)
+    layout, before = made.pool.layout, resident(made.pool.layout.k)
+    assert before <= 2 * os.sysconf("SC_PAGESIZE"), "memory is taken when it is written to"
+    peak = report(ask(made, ids, 3)[0], [])["kv"]["bytes_peak"]
+    assert peak == 6 * 63 * block if method == "dense" else peak < 0.63 * 6 * 63 * block
+    assert 0.9 * peak <= resident(layout.k) + resident(layout.v) - 2 * before <= peak + 2 * block
 
 
 @pytest.mark.parametrize("settings", ["", ",mode=reference", ",streaming_ratio=1"])
