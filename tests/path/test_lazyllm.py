@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from firstlight import LLM
+from firstlight.core.files import shipped
+from firstlight.core.parts import PromptIds
 from firstlight.engine.report import report
+from firstlight.evaluate.asking import ask, likeliest
 from firstlight.models.decoder import Decoder
 from tests.path.method_runs import Seen, begin, finish, method_engine, prompt, run, same_bits
 from tests.tiny import tiny_engine
@@ -203,3 +209,24 @@ def test_cancelled_at_each_barrier_nothing_is_left(waiting: int) -> None:
     engine.cancel("r")
     finish(engine, seen)
     assert seen.live is not None and seen.live.finish_reason == "cancelled" and not seen.kept
+
+
+def test_a_needle_that_is_asked_for_late_comes_back(smollm2_path: Path) -> None:
+    """Nothing in the prompt asks for it; from the 20th generated token on it is needed."""
+    words = shipped("evaluate/texts/moby-dick-chapter-87.txt").split()[:500]
+    words.insert(150, "\nThe passkey to the vault is 41873. Remember it.\n")
+    late = " the whales, which swim in great herds through the straits of Sunda. By the way, the passkey to the vault is"
+
+    def answer(*method: str) -> str:
+        with LLM(str(smollm2_path), method=list(method), max_model_len=2048) as llm:
+            given, ids = llm.encode(late), llm.encode(" ".join(words) + "\n\nThis chapter tells of")
+            assert len(given) >= 20
+
+            def choose(generated: Sequence[int], logits: Tensor) -> int:
+                return given[len(generated)] if len(generated) < len(given) else likeliest(generated, logits)
+
+            asked = ask(llm.engine, PromptIds(ids), choose, len(given) + 7)
+            return llm.tokenizer.decode(asked.token_ids[len(given) :])
+
+    lazy = "lazyllm:keep=0.3"
+    assert "41873" in answer() and "41873" in answer(lazy) and "41873" not in answer(f"{lazy},revive=off")
