@@ -9,6 +9,7 @@
 
 #include <optional>
 
+#include "binding.h"
 #include "dispatch.h"
 #include "tape.h"
 
@@ -113,6 +114,8 @@ NB_MODULE(_native, m) {
             perform([=, kernels = active] { kernels->write_kv(call); });
         },
         unlocked);
+    m.def("bind", bind, unlocked, nb::arg("cores"), "this thread and those that compute for it stay on these cores, given as lists of CPUs");
+    m.def("unbind", unbind, "this thread may run anywhere again");
     m.def("trim", [] {  // give free memory back to the system
 #if defined(__GLIBC__)
         malloc_trim(0);

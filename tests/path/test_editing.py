@@ -161,6 +161,16 @@ def test_where_shortening_would_take_longer_the_run_is_dense_and_says_why(
         assert llm.chat(ASKED, SHORT)[0].report["methods"][0]["kept"] == (len(DOCUMENT) + 1) // 2
 
 
+def test_what_the_prefix_cache_holds_is_not_shortened(path: Path, dense: LLM, tmp_path: Path) -> None:
+    with open_llm(path, timed(tmp_path / "fast", dense, 0.1)) as llm:
+        ids = llm.encode_chat(ASKED)
+        llm.generate([ids], SHORT)
+        out = llm.chat(ASKED, SHORT)[0]
+    (facts,) = out.report["methods"]
+    assert not facts["used"] and "tokens being known" in facts["why"]
+    assert out.prompt_ids == ids and out.report["cached_tokens"] == len(ids) - 1
+
+
 def test_the_answer_counts_too(path: Path, dense: LLM, tmp_path: Path) -> None:
     """A shorter context makes each generated token cheaper: enough of them pay for what the prompt alone doesn't."""
     method = timed(tmp_path / "file", dense, 0.5)
@@ -169,9 +179,9 @@ def test_the_answer_counts_too(path: Path, dense: LLM, tmp_path: Path) -> None:
     with open_llm(path, method) as llm:
         used = [
             llm.chat(ASKED, SamplingParams(max_tokens=n, ignore_eos=True))[0].report["methods"][0]["used"]
-            for n in (1, 8)
+            for n in (8, 1)  # the other way round its cells would be known
         ]
-    assert used == [False, True]
+    assert used == [True, False]
 
 
 def test_a_calibration_is_made_and_used(path: Path, dense: LLM, tmp_path: Path) -> None:

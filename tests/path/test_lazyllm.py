@@ -215,7 +215,9 @@ def test_a_needle_that_is_asked_for_late_comes_back(smollm2_path: Path) -> None:
     """Nothing in the prompt asks for it; from the 20th generated token on it is needed."""
     words = shipped("evaluate/texts/moby-dick-chapter-87.txt").split()[:500]
     words.insert(150, "\nThe passkey to the vault is 41873. Remember it.\n")
-    late = " the whales, which swim in great herds through the straits of Sunda. By the way, the passkey to the vault is"
+    late = (
+        " the whales, which swim in great herds through the straits of Sunda. By the way, the passkey to the vault is"
+    )
 
     def answer(*method: str) -> str:
         with LLM(str(smollm2_path), method=list(method), max_model_len=2048) as llm:
@@ -228,5 +230,5 @@ def test_a_needle_that_is_asked_for_late_comes_back(smollm2_path: Path) -> None:
             asked = ask(llm.engine, PromptIds(ids), choose, len(given) + 7)
             return llm.tokenizer.decode(asked.token_ids[len(given) :])
 
-    lazy = "lazyllm:keep=0.3"
+    lazy = "lazyllm:boundaries=15,keep=0.1"
     assert "41873" in answer() and "41873" in answer(lazy) and "41873" not in answer(f"{lazy},revive=off")

@@ -63,6 +63,8 @@ def test_it_pays_nowhere_before_and_there(curves: Curves, rate: float, generated
 def test_times_are_sums_of_what_happens(curves: Curves) -> None:
     whole = sum(p * 300**i for i, p in enumerate(curves.prefill)) + 7 * (curves.step[0] + 300 * curves.step[1])
     assert curves.whole(300, 7) == pytest.approx(whole)
+    spared = 100 * curves.prefill[1] + 100**2 * curves.prefill[2]
+    assert curves.whole(300, 7, known=100) == pytest.approx(whole - spared)
     effort = curves.shorten[0] + 200 * (curves.shorten[1] + 0.25 * curves.shorten[2] + 50 * curves.shorten[3])
     assert curves.shortened(300, 200, 0.25, 7) == pytest.approx(effort + curves.whole(150, 7))
 
@@ -130,6 +132,13 @@ def test_a_prompt_is_left_as_it_is_where_shortening_does_not_pay(tmp_path: Path)
     assert len(edit.ids) == 505 and edit.why == "" and scorer.calls > 0
     assert len(editor(tmp_path).edit(of(1000), scorer).ids) == 500
     assert "it never does on this model" in editor(tmp_path, when="pays", rate=0.99).edit(of(1000), scorer).why
+
+
+def test_known_cells_are_no_reason_to_shorten(tmp_path: Path) -> None:
+    scorer, pays = Silent(), editor(tmp_path, when="pays")
+    assert len(pays.edit(replace(of(1200), known=64), scorer).ids) == 600
+    edit = pays.edit(replace(of(1200), known=1024), Silent())
+    assert list(edit.ids) == list(range(1200)) and "0.391 s without, 1,024 tokens being known," in edit.why
 
 
 def test_rate_one_has_nothing_to_decide(tmp_path: Path) -> None:

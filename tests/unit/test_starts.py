@@ -28,9 +28,8 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Mapping[str, Any],
         if "llama" in runner:
             return Outcome(None, "crashed: SIGSEGV")
         count = len(seen)
-        return Outcome(
-            {"version": "1", "load_s": count, "first_token_s": 2.0 * count, "rss_mb": 100 + count}, None, 0.1
-        )
+        times = {"imported_s": count / 2, "load_s": count, "first_token_s": 2.0 * count}
+        return Outcome({"version": "1", **times, "rss_mb": 100 + count}, None, 0.1)
 
     monkeypatch.setattr(starts.process, "measure", measure)
     monkeypatch.setattr(starts, "python_of", lambda recipe, tell: Path("python"))
@@ -55,6 +54,7 @@ def test_ours_starts_cold_and_again_and_all_take_turns(begun: list[Any], tmp_pat
         ("transformers", "again"),
     ]
     assert found[0]["load_s"]["samples"] == [1, 4] and found[0]["first_token_s"]["median"] == 5.0
+    assert found[0]["imported_s"]["samples"] == [0.5, 2]
     assert not any(Path(cache).exists() for _, _, cache in begun if cache), "empty caches are removed again"
 
 

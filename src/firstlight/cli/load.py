@@ -35,7 +35,8 @@ def load(
 ) -> None:
     """From the start of a process to its first token: with an empty cache, and as ever after.
 
-    The prompt has ten tokens; memory is the most that the process held.
+    The prompt has ten tokens; memory is the most that the process held. Imports: from the start of the process until
+    Python has the engine's packages. Load: after that, until it takes prompts.
 
     firstlight bench load smollm2 gemma3 --against llama.cpp,transformers
     """
@@ -78,12 +79,13 @@ def _table(found: dict[str, Any]) -> Table:
     machine = found["machine"]
     title = f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads"
     shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in ("model", "engine", "start", "load", "first token", "min", "max", "MB", "others"):
+    for heading in ("model", "engine", "start", "imports", "load", "first token", "min", "max", "MB", "others"):
         shown.add_column(heading, justify="left" if heading in ("model", "engine", "start") else "right")
     for row in found["rows"]:
         if "load_s" in row:
             first = row["first_token_s"]
-            times = [row["load_s"]["median"], *(first[key] for key in ("median", "min", "max"))]
+            parts = [row[key]["median"] for key in ("imported_s", "load_s")]
+            times = [*parts, *(first[key] for key in ("median", "min", "max"))]
             last = [*map(duration, times), f"{row['rss_mb']:,.0f}", f"{row['elsewhere']:.0%}"]
             shown.add_row(row["model"], f"{row['engine']} {row['version']}", row["state"], *last)
         else:

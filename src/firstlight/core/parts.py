@@ -324,6 +324,8 @@ class PromptIds:
     """The words of some ids."""
     max_tokens: int = 0
     """Tokens that will be generated behind it at most."""
+    known: int = 0
+    """Tokens at the beginning whose cells are known as long as they stay."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,6 +268,10 @@ class Admission:
         window = None if self.windows is None else self.windows.size
         return self.cache.match(self.root, live.request.prompt_ids, self._fresh_rows(live), window, limit)
 
+    def known(self, ids: Sequence[int]) -> int:
+        """Tokens of a prompt's beginning that whole columns of the prefix cache hold. Any thread may ask."""
+        return self.cache.held(self.root, ids) if self.cache is not None and self._publishes else 0
+
     def _fresh_rows(self, live: LiveRequest) -> int:
         """Rows at the prompt's end that are computed, whatever is held."""
         return live.num_prompt if live.request.recompute_cached else max(1, self._last_rows)

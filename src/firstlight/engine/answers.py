@@ -75,7 +75,7 @@ class Answers:
         self._entering = threading.Lock()
         self._numbers = itertools.count()
         self.turns = Turns(engine, self._deliver)
-        self.editing = Editing(engine.parts, engine.machine.model)
+        self.editing = Editing(engine.parts, engine.machine.model, engine.admission.known)
         self.load_s = 0.0
 
     def complete(self, work: Sequence[tuple[Encode, SamplingParams]], **terms: Any) -> list[Completion]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +42,11 @@ class Edited:
 class Editing:
     """The prompt editor among an engine's parts, if there is one."""
 
-    def __init__(self, parts: Sequence[Part], model: Decoder) -> None:
+    def __init__(
+        self, parts: Sequence[Part], model: Decoder, known: Callable[[Sequence[int]], int] = lambda ids: 0
+    ) -> None:
+        """`known`: how many tokens of a prompt's beginning need no row, their cells being known."""
+        self._known = known
         self._part = next((part for part in parts if part.seam == "prompt"), None)
         self._model = model
         self.num_failed = 0
@@ -61,7 +65,7 @@ class Editing:
             return Edited(ids, notes=_unused("nothing to shorten: only questions, or token ids"))
         began = time.perf_counter()
         try:
-            edit = self._part.impl.edit(prompt, ModelScorer(self._model, check))
+            edit = self._part.impl.edit(replace(prompt, known=self._known(ids)), ModelScorer(self._model, check))
             _verify(prompt, edit)
         except UserError:
             raise

@@ -37,6 +37,7 @@ from firstlight.engine.guard import PartFailed
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.machine import Machine
 from firstlight.engine.work import Stop, Work
+from firstlight.kernels.threads import bound
 from firstlight.reuse.prefix import PrefixCache
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,8 @@ class Engine:
         if events := self._drain():
             self._decide(events)
         if self._queue:
-            self._run(self._queue.popleft())
+            with bound():
+                self._run(self._queue.popleft())
         elif not events and not self._inbox and self.view.requests:
             self._sleep()
         outputs, self._outputs = self._outputs, []

@@ -26,19 +26,20 @@ class Curves:
     shorten: Sequence[float]
     """Of n tokens of which the share r stays: 1, n, r n, r n^2."""
 
-    def whole(self, prompt: float, generated: int) -> float:
-        """Of a prompt as it is, with all its answer."""
+    def whole(self, prompt: float, generated: int, known: int = 0) -> float:
+        """Of a prompt as it is, with all its answer; cells of its first `known` tokens are there."""
         (p0, p1, p2), (d0, d1) = self.prefill, self.step
-        return p0 + p1 * prompt + p2 * prompt**2 + generated * (d0 + d1 * prompt)
+        return p0 + p1 * (prompt - known) + p2 * (prompt**2 - known**2) + generated * (d0 + d1 * prompt)
 
     def shortened(self, prompt: float, context: float, rate: float, generated: int) -> float:
-        """The same with `rate` of its `context` tokens kept, shortening included."""
+        """The same with `rate` of its `context` tokens kept, shortening included; no cell of it is known."""
         s0, s1, s2, s3 = self.shorten
         effort = s0 + s1 * context + s2 * rate * context + s3 * rate * context**2
         return effort + self.whole(prompt - (1 - rate) * context, generated)
 
-    def pays(self, prompt: float, context: float, rate: float, generated: int) -> bool:
-        return self.shortened(prompt, context, rate, generated) < (1 - MARGIN) * self.whole(prompt, generated)
+    def pays(self, prompt: float, context: float, rate: float, generated: int, known: int = 0) -> bool:
+        whole = self.whole(prompt, generated, known)
+        return self.shortened(prompt, context, rate, generated) < (1 - MARGIN) * whole
 
     def pays_from(self, rate: float, generated: int, longest: int) -> int | None:
         """Tokens of the shortest prompt, all of it context, that shortening to `rate` serves; None up to `longest`.

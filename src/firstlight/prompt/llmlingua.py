@@ -1,4 +1,6 @@
 """`llmlingua`: tokens that the model itself would have predicted leave a text (arXiv 2310.05736, section 3.2).
+Examples to learn from, code with long names and what is to be counted lose most by it (arXiv 2604.02985): such text
+belongs into the question, which stays as it is.
 
 A text is read in segments. A token's surprisal is -log p given its segment so far and the already shortened text before
 it; of each segment the most surprising tokens stay, its share of the budget, and always its first one. The quantile is
@@ -74,18 +76,20 @@ class LLMLingua(Shortener):
         """As every compressor's, if it pays."""
         context = sum(hi - lo for lo, hi in req.context)
         rate = sum(self.config.counts([hi - lo for lo, hi in req.context])) / max(context, 1)
-        if self._curves is None or rate == 1 or self._curves.pays(len(req.ids), context, rate, req.max_tokens):
+        curves, whole = self._curves, len(req.ids)
+        if curves is None or rate == 1 or curves.pays(whole, context, rate, req.max_tokens, req.known):
             return super().edit(req, score)
-        whole = len(req.ids)
-        return PromptEdit(req.ids, range(whole), [(0, whole)], self._why_not(self._curves, req, context, rate))
+        return PromptEdit(req.ids, range(whole), [(0, whole)], self._why_not(curves, req, context, rate))
 
     def _why_not(self, curves: Curves, req: PromptIds, context: int, rate: float) -> str:
         """For the report."""
         short = curves.shortened(len(req.ids), context, rate, req.max_tokens)
-        whole = curves.whole(len(req.ids), req.max_tokens)
+        whole = curves.whole(len(req.ids), req.max_tokens, req.known)
         first = curves.pays_from(rate, req.max_tokens, self._longest)
+        known = f", {req.known:,} tokens being known" if req.known else ""
         return (
-            f"shortening doesn't pay: {short:.3g} s with it, {whole:.3g} s without, for prompt and answer as measured; "
+            f"shortening doesn't pay: {short:.3g} s with it, {whole:.3g} s without{known}, "
+            "for prompt and answer as measured; "
             + ("it never does on this model" if first is None else f"it does from {first:,} tokens on")
         )
 

@@ -11,7 +11,7 @@ window of every such layer is held, beside every block of the others.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,10 @@ class PrefixCache:
         """The key that a chain starts from: model, dtype, recipe."""
         return hashlib.sha256(self._salt + "\0".join(facts).encode()).digest()
 
+    def held(self, root: bytes, ids: Sequence[int]) -> int:
+        """Tokens at the beginning of `ids` in whole cached columns; no use of them. Any thread may ask."""
+        return self._block * sum(1 for _ in self._chain(root, np.asarray(ids, np.int64)))
+
     def match(
         self, root: bytes, ids: Sequence[int], rows: int = 1, window: int | None = None, limit: int | None = None
     ) -> Hit:
@@ -78,14 +82,9 @@ class PrefixCache:
         None = all.
         """
         self._clock += 1
-        tokens, at, parent = np.asarray(ids, np.int64), 0, root
-        path: list[Node] = []
-        while at + self._block <= len(tokens):
-            node = self._nodes.get(self._key(parent, tokens[at : at + self._block]))
-            if node is None:
-                break
-            path.append(node)
-            at, parent = at + self._block, node.key
+        tokens = np.asarray(ids, np.int64)
+        path = list(self._chain(root, tokens))
+        at, parent = len(path) * self._block, path[-1].key if path else root
         near, shared = self._closest(parent, root, tokens[at:])
         path += [] if near is None else [near]
         for node in path:
@@ -156,6 +155,16 @@ class PrefixCache:
 
     def _siblings(self, parent: bytes, root: bytes) -> dict[bytes, Node]:
         return self._roots.setdefault(root, {}) if parent == root else self._nodes[parent].children
+
+    def _chain(self, root: bytes, tokens: Ids) -> Iterator[Node]:
+        """The cached nodes of whole blocks, from the root on."""
+        parent = root
+        for at in range(0, len(tokens) - self._block + 1, self._block):
+            node = self._nodes.get(self._key(parent, tokens[at : at + self._block]))
+            if node is None:
+                return
+            yield node
+            parent = node.key
 
     def _closest(self, parent: bytes, root: bytes, rest: Ids) -> tuple[Node | None, int]:
         """The child of `parent` that shares most tokens with the beginning of `rest`, and how many."""

@@ -1,7 +1,8 @@
 """The program of a measuring process: one engine, one setting, some prompt lengths. Its job comes on stdin as JSON.
 
 It runs in the peer's own environment, `python -P host.py run_ENGINE.py`, so it knows the standard library only. Each
-runner file has one function, `open_engine(job)`, whose result has `version`, `exact` (None where the caller knows) and
+runner file names the PACKAGES that it stands on, if they can be imported before the job is known, and has one function,
+`open_engine(job)`, whose result has `version`, `exact` (None where the caller knows) and
 `generate(ids, num_tokens, tell)`, which calls `tell(token)` as each token is known, the first one included.
 
 After each length one JSON line with everything so far goes to stdout, so that what a crash leaves behind still counts;
@@ -10,6 +11,7 @@ the last line is the answer. What the engine itself prints goes to stderr.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -35,10 +37,14 @@ def main() -> None:
     os.dup2(2, 1)
     job = json.load(sys.stdin)
     signal.alarm(math.ceil(job["limit_s"]) + _GRACE_S)  # ends us, hung or not, if nobody is left who would
-    began = time.perf_counter()
-    engine = load(sys.argv[1]).open_engine(job)
+    runner = load(sys.argv[1])
+    for package in getattr(runner, "PACKAGES", ()):
+        importlib.import_module(package)
+    imported, began = time.time(), time.perf_counter()
+    engine = runner.open_engine(job)
     result: dict[str, Any] = {"load_s": time.perf_counter() - began, "version": engine.version, "lengths": {}}
     if job.get("greeting"):
+        result["imported_s"] = imported - job["started"]
         engine.generate(job["greeting"], 1, lambda token: result.update(first_token_s=time.time() - job["started"]))
     run(engine, job, result, answers)
     sys.stderr.flush()

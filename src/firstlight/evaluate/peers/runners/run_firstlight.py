@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+PACKAGES = ("firstlight.llm",)
+
 
 class Engine:
     exact: bool | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+PACKAGES = ("llama_cpp",)
 _KV = {"f16": 1, "bf16": 30}  # ggml's numbers of the types
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+PACKAGES = ("openvino_genai",)
 _EXACT = {
     "INFERENCE_PRECISION_HINT": "bf16",
     "KV_CACHE_PRECISION": "bf16",

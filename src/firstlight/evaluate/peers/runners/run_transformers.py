@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "transformers")
+
 
 class Engine:
     exact = None
