@@ -18,14 +18,16 @@ inline thread_local cpu_set_t anywhere;
 // The calling thread and those that compute for it, one on each of `cores`, which are given as their CPUs. False, and
 // nothing done, if the caller may not run on all of them.
 inline bool bind(const std::vector<std::vector<int>>& cores) {
+    cpu_set_t now;  // one core if the caller is bound already, as under a callback: then nothing is done, and kept
     std::vector<cpu_set_t> places(cores.size());
-    if (sched_getaffinity(0, sizeof anywhere, &anywhere)) return false;
+    if (sched_getaffinity(0, sizeof now, &now)) return false;
     for (size_t t = 0; t < cores.size(); ++t) {
         CPU_ZERO(&places[t]);
         for (int cpu : cores[t]) CPU_SET(cpu, &places[t]);
-        CPU_AND(&places[t], &places[t], &anywhere);
+        CPU_AND(&places[t], &places[t], &now);
         if (!CPU_COUNT(&places[t])) return false;
     }
+    anywhere = now;
 #pragma omp parallel num_threads((int)cores.size())
     {
         static thread_local int at = 0;  // the others stay where they are from their first time on

@@ -7,7 +7,6 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from firstlight import LLM, SamplingParams
+from firstlight.core.files import shipped
 from firstlight.core.request import Request
 from firstlight.engine import build
 from firstlight.engine.engine import Engine
@@ -193,8 +193,7 @@ def test_random_mixes_with_cancels_leave_nothing(gates: str, settings: str) -> N
 
 @functools.cache
 def _passkey_prompt() -> str:
-    text = resources.files("firstlight").joinpath("evaluate", "texts", "moby-dick-chapter-87.txt").read_text("utf-8")
-    words = text.split()[:600]
+    words = shipped("evaluate/texts/moby-dick-chapter-87.txt").split()[:600]
     words.insert(200, "\nThe passkey to the vault is 41873. Remember it.\n")
     return " ".join(words) + "\n\nThe passkey to the vault is"
 

@@ -45,6 +45,16 @@ def test_an_error_unbinds_too() -> None:
     assert os.sched_getaffinity(0) == before
 
 
+def test_a_step_inside_a_step_leaves_the_way_back() -> None:
+    """As when a callback of one engine asks another."""
+    before = os.sched_getaffinity(0)
+    with bound():
+        with bound():
+            assert os.sched_getaffinity(0) == set(cores()[0])
+        assert os.sched_getaffinity(0) == set(cores()[0])
+    assert os.sched_getaffinity(0) == before
+
+
 def test_each_thread_that_steps_has_its_own_place_to_go_back_to() -> None:
     mine, seen = {max(os.sched_getaffinity(0))}, []
 

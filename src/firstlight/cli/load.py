@@ -36,7 +36,8 @@ def load(
     """From the start of a process to its first token: with an empty cache, and as ever after.
 
     The prompt has ten tokens; memory is the most that the process held. Imports: from the start of the process until
-    Python has the engine's packages. Load: after that, until it takes prompts.
+    Python has the engine's packages. Load: until it takes prompts, the
+    same imports included.
 
     firstlight bench load smollm2 gemma3 --against llama.cpp,transformers
     """

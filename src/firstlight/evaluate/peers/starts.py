@@ -112,9 +112,7 @@ def _row(start: Start) -> dict[str, Any]:
     if answers:
         row |= {
             "version": answers[0]["version"],
-            "imported_s": spread([answer["imported_s"] for answer in answers]),
-            "load_s": spread([answer["load_s"] for answer in answers]),
-            "first_token_s": spread([answer["first_token_s"] for answer in answers]),
+            **{key: spread([answer[key] for answer in answers]) for key in ("imported_s", "load_s", "first_token_s")},
             "rss_mb": statistics.median(answer["rss_mb"] for answer in answers),
             "elsewhere": start.elsewhere,
         }
