@@ -17,7 +17,7 @@ namespace firstlight {
     void add_rows(const RowArgs&, float*, int64_t);                                \
     void copy_rows(const RowArgs&);                                                \
     void shift_rows(const RowArgs&, const float*);                                 \
-    void rotate(const RowArgs&, int64_t, const float*, const float*);              \
+    void rotate(const RowArgs&, int64_t, const float*, const float*, const float*, float); \
     void gate_mul(const RowArgs&, Gate);                                           \
     void write_kv(const KVArgs&);                                                  \
     void matmul(const MatmulArgs&, Weights);                                       \

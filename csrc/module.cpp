@@ -105,7 +105,7 @@ NB_MODULE(_native, m) {
     m.def("add_rows", row_operator<&Kernels::add_rows, Address, int64_t>(), unlocked);
     m.def("copy_rows", row_operator<&Kernels::copy_rows>(), unlocked);
     m.def("shift_rows", row_operator<&Kernels::shift_rows, Address>(), unlocked);
-    m.def("rotate", row_operator<&Kernels::rotate, int64_t, Address, Address>(), unlocked);
+    m.def("rotate", row_operator<&Kernels::rotate, int64_t, Address, Address, Address, float>(), unlocked);
     m.def("gate_mul", row_operator<&Kernels::gate_mul, int>(), unlocked);
     m.def(
         "write_kv",

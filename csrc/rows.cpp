@@ -124,7 +124,7 @@ void shift_as(const RowArgs& a, const float* by) {
 }
 
 template <class T>
-void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* sin) {
+void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* sin, const float* gain, float eps) {
     using S = typename T::scalar;
     const int64_t half = a.width / 2;
     each_row(a.rows, a.rows * heads * a.width, a.threads, [&](int64_t i) {
@@ -133,9 +133,19 @@ void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* s
         for (int64_t h = 0; h < heads; ++h) {
             const S* x = (const S*)a.in + i * a.in_row + h * a.width;
             S* out = (S*)a.out + i * a.out_row + h * a.width;
+            vf by = scale;
+            if (gain) {
+                vf sums = {};
+                for (int64_t j = 0; j < a.width; j += W) sums = squares(some<T>(x + j, reach(j, a.width)) * scale, sums);
+                by = scale * all(scale_of(sums, a.width, eps));
+            }
+            const auto read = [&](int64_t j, int n) {
+                const vf v = some<T>(x + j, n) * by;
+                return gain ? v * some<F32>(gain + h * a.width + j, n) : v;
+            };
             for (int64_t j = 0; j < half; j += W) {  // both halves are read before either is written: `out` may be `in`
                 const int n = reach(j, half);
-                const vf lo = some<T>(x + j, n) * scale, hi = some<T>(x + half + j, n) * scale;
+                const vf lo = read(j, n), hi = read(half + j, n);
                 const vf new_lo = fma(hi, some<F32>(s + j, n), lo * some<F32>(c + j, n));
                 const vf new_hi = fma(lo, some<F32>(s + half + j, n), hi * some<F32>(c + half + j, n));
                 each_vector<T>(out + j, n, [&](int64_t, int) { return new_lo; });
@@ -218,8 +228,8 @@ void add_norm(const RowArgs& a, float* x, int64_t x_row, const float* gain, floa
 void add_rows(const RowArgs& a, float* x, int64_t x_row) { (a.bf16 ? add_rows_as<BF16> : add_rows_as<F32>)(a, x, x_row); }
 void copy_rows(const RowArgs& a) { (a.bf16 ? copy_as<BF16> : copy_as<F32>)(a); }
 void shift_rows(const RowArgs& a, const float* by) { (a.bf16 ? shift_as<BF16> : shift_as<F32>)(a, by); }
-void rotate(const RowArgs& a, int64_t heads, const float* cos, const float* sin) {
-    (a.bf16 ? rotate_as<BF16> : rotate_as<F32>)(a, heads, cos, sin);
+void rotate(const RowArgs& a, int64_t heads, const float* cos, const float* sin, const float* gain, float eps) {
+    (a.bf16 ? rotate_as<BF16> : rotate_as<F32>)(a, heads, cos, sin, gain, eps);
 }
 void gate_mul(const RowArgs& a, Gate gate) { (a.bf16 ? gate_as<BF16> : gate_as<F32>)(a, gate); }
 void write_kv(const KVArgs& a) {

@@ -44,7 +44,8 @@ using AddRows = void (*)(const RowArgs&, float* x, int64_t x_row);
 using CopyRows = void (*)(const RowArgs&);
 // `in` plus the same row of float32 for all.
 using ShiftRows = void (*)(const RowArgs&, const float* by);
-using Rotate = void (*)(const RowArgs&, int64_t heads, const float* cos, const float* sin);
+// Heads of `width`, each normed by itself first where there is a gain [heads, width].
+using Rotate = void (*)(const RowArgs&, int64_t heads, const float* cos, const float* sin, const float* gain, float eps);
 using GateMul = void (*)(const RowArgs&, Gate);
 using WriteKV = void (*)(const KVArgs&);
 

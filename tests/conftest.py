@@ -34,6 +34,12 @@ settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws doesn't hang on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The real model's file, if it is on this machine; tests never fetch it."""

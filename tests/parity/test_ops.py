@@ -19,7 +19,7 @@ from torch import Tensor
 
 from firstlight.kernels.reference import ops as reference
 
-OPS = ["rms_norm", "add_norm", "rotate", "silu_mul", "gelu_mul", "linear"]
+OPS = ["rms_norm", "add_norm", "rotate", "rotate_normed", "silu_mul", "gelu_mul", "linear"]
 SHAPES = [(1, 1, 64), (3, 3, 64), (4, 9, 64), (5, 1, 256), (67, 2, 128), (300, 4, 64)]
 """(rows, heads, head dim)."""
 
@@ -33,10 +33,11 @@ def operands(op: str, n: int, heads: int, dim: int, dtype: torch.dtype) -> tuple
         return draw(n, width).to(dtype) * 3, [draw(width), 1e-5]
     if op == "add_norm":
         return draw(n, width) * 3, [draw(n, width).to(dtype), draw(width), 1e-5, dtype]
-    if op == "rotate":
+    if op.startswith("rotate"):
         angle = draw(n, dim // 2) * 100
         cos, sin = angle.cos(), angle.sin()
-        return draw(n, heads, dim).to(dtype), [torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]
+        norm = [draw(n), draw(heads, dim), 1e-5] if op == "rotate_normed" else []
+        return draw(n, heads, dim).to(dtype), [torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), *norm]
     if op in ("silu_mul", "gelu_mul"):
         return (draw(n, 2 * width) * 4).to(dtype), []
     return draw(n, width).to(dtype), [(draw(96, width) / width**0.5).to(dtype)]
@@ -44,8 +45,8 @@ def operands(op: str, n: int, heads: int, dim: int, dtype: torch.dtype) -> tuple
 
 def apply(name: str, op: str, x: Tensor, rest: list[object], rows: slice = slice(None)) -> Tensor:
     """The operator on some of the rows."""
-    by_row = {"rotate": 2, "add_norm": 1}.get(op, 0)
-    call: Callable[..., Tensor] = getattr(backend(name), op)
+    by_row = {"rotate": 2, "rotate_normed": 3, "add_norm": 1}.get(op, 0)
+    call: Callable[..., Tensor] = getattr(backend(name), op.removesuffix("_normed"))
     return call(x[rows].clone(), *(r[rows] if i < by_row else r for i, r in enumerate(rest)))
 
 
@@ -60,6 +61,9 @@ def formula(op: str, x: Tensor, rest: list) -> Tensor:
         return formula("rms_norm", x + rest[0].double(), rest[1:])
     if op == "rms_norm":
         return x * (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + rest[1]).pow(-0.5) * rest[0].double()
+    if op == "rotate_normed":
+        cos, sin, scale, *norm = rest
+        return formula("rotate", formula("rms_norm", x * scale.double()[:, None, None], [norm[0], norm[1]]), [cos, sin])
     if op == "rotate":
         half = x.shape[-1] // 2
         turn = torch.complex(*(r[:, half:].double() for r in rest))[:, None]

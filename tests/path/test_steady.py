@@ -105,6 +105,24 @@ def test_planners_of_prompts_leave_decode_to_replays(replays: list[int]) -> None
         assert (sum(replays) > 100) is some
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "some"),
+    [
+        ("gemma3", [], True),
+        ("llama", ["fastkv:tsp_idx=1,tsp_rate=0.4,retain_rate=0.3"], True),
+        ("gemma3", ["fastkv:tsp_rate=0.4,retain_rate=0.3"], True),
+        ("llama", ["lazyllm:boundaries=0;1,keep=0.6,revive=off"], True),
+        ("llama", ["lazyllm:boundaries=0;1,keep=0.6"], False),
+    ],
+)
+def test_rows_in_tables_of_every_kind(family: str, method: list[str], some: bool, replays: list[int]) -> None:
+    """Windows move on, heads end anywhere in their blocks, rows are gone; who has a say in decode steps is asked."""
+    want = logits_of(tiny_engine(family, LAYERS, method=method), most=0)
+    replays.clear()
+    assert same(logits_of(tiny_engine(family, LAYERS, method=method)), want)
+    assert (sum(replays) > 100) is some
+
+
 @pytest.mark.usefixtures("one_by_one")
 def test_a_cancel_inside_a_replayed_pass(replays: list[int]) -> None:
     want = logits_of(tiny_engine(num_layers=LAYERS), most=0, cancels="3")

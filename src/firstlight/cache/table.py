@@ -172,20 +172,17 @@ class RequestKV:
     # --- cells ----------------------------------------------------------------------------------------------------
 
     def write(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending); rows with a window take their blocks now."""
+        """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending)."""
         if len(tok) == 0:
             return
-        first, last, length = int(tok[0]), int(tok[-1]), int(self.length[layer, 0])
-        if self.windows is not None and self.windows.layers[layer]:
-            self._fill((layer, layer + 1), self._lack((layer, layer + 1), last + 1 - length))
-        if layer not in self._explicit:
-            if last - first + 1 == len(tok) and first <= length:
-                self._put(layer, None, tok.numpy(), k, v)
-                self.length[layer] = max(length, last + 1)
-                return
+        here, last = (layer, layer + 1), int(tok[-1])
+        slots = self.slots(here, tok, pos)
+        if slots is None and layer not in self._explicit:
             self._make_explicit(layer)
-        if self._last(layer) < first:
-            self._append(layer, tok, pos, k, v)
+            slots = self.slots(here, tok, pos)
+        if slots is not None:
+            self.pool.layout.write(slots[0], k, v)
+            self.grow(here, len(tok), last + 1)
             return
         if self.is_common(layer):
             self._upsert(layer, None, tok, pos, k, v)
@@ -193,29 +190,47 @@ class RequestKV:
         for head in range(k.shape[1]):
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
-    def slots(self, layers: tuple[int, int], tok: Tensor) -> Tensor | None:
+    def slots(self, layers: tuple[int, int], tok: Tensor, pos: Tensor) -> Tensor | None:
         """Where ordinals tok i64 [n] go in these layers, i64 [layers, n, Hkv]; `grow` says that they are there.
 
-        None if the rows aren't identities that these ordinals continue or overwrite, or if those with a window will
-        take blocks for them; `write` then sorts it out.
+        None unless each row ends before them, or is an identity that they continue or overwrite and has their blocks
+        (of one layer, rows with a window take theirs now); `write` then sorts it out.
         """
         lo, hi = layers
-        first, last = int(tok[0]), int(tok[-1])
-        if self._explicit or last - first + 1 != len(tok) or first > int(self.length[lo:hi].min()):
+        first, last, n = int(tok[0]), int(tok[-1]), len(tok)
+        length = self.length[lo:hi]
+        if self.windows is not None and hi - lo == 1 and self.windows.layers[lo]:
+            self._fill(layers, self._lack(layers, last + 1 - int(length[0, 0])))
+        listed = self._listed(layers)
+        if not listed.all() and (last - first + 1 != n or first > int(length[~listed].min())):
             return None
         if self.windows is not None and (self.num_blocks[lo:hi] * BLOCK <= last).any():
             return None
-        self._own(slice(lo, hi), slice(None), first // BLOCK, last // BLOCK + 1)
-        if first < int(self.length[lo:hi].max()):
-            self.pool.changed(self.table[lo:hi, :, first // BLOCK : last // BLOCK + 1].ravel())
-        entry = tok.numpy()
-        blocks = self.table[lo:hi, :, entry // BLOCK].astype(np.int64)
-        return torch.from_numpy(np.ascontiguousarray((blocks * BLOCK + entry % BLOCK).transpose(0, 2, 1)))
+        if any(self._last(layer) >= first for layer in range(lo, hi) if layer in self._explicit):
+            return None
+        begin = self.places(layers, first)
+        alike = bool((begin == begin[0, 0]).all())
+        for rows in [slice(lo, hi)] if alike else [slice(layer, layer + 1) for layer in range(lo, hi)]:
+            own = begin[rows.start - lo : rows.stop - lo]
+            self._own(rows, slice(None), int(own.min()) // BLOCK, (int(own.max()) + n - 1) // BLOCK + 1)
+        if first < int(length[~listed].max(initial=0)):
+            self.pool.changed(self.table[lo:hi][~listed, :, first // BLOCK : last // BLOCK + 1].ravel())
+        entry = begin[:, None] + np.arange(n)[:, None]
+        for layer in range(lo, hi):
+            if layer in self._explicit:
+                self._list(layer, entry[layer - lo], tok, pos)
+        blocks = self.table[np.arange(lo, hi)[:, None, None], np.arange(length.shape[1]), entry // BLOCK]
+        return torch.from_numpy(blocks.astype(np.int64) * BLOCK + entry % BLOCK)
 
-    def grow(self, layers: tuple[int, int], end: int) -> None:
-        """These layers, whose rows are identities, hold `end` ordinals at least, by now."""
-        length = self.length[slice(*layers)]
-        np.maximum(length, end, out=length)
+    def places(self, layers: tuple[int, int], ordinal: int) -> NDArray[np.int64]:
+        """[layers, Hkv]: the entry that an ordinal becomes which is each row's next, or is in an identity."""
+        return np.where(self._listed(layers)[:, None], self.length[slice(*layers)], ordinal)
+
+    def grow(self, layers: tuple[int, int], count: int, end: int) -> None:
+        """These layers hold `count` ordinals more, all below `end`, that went where `slots` said."""
+        length, listed = self.length[slice(*layers)], self._listed(layers)
+        length[listed] += count
+        length[~listed] = np.maximum(length[~listed], end)
 
     def beyond(self, layer: int, tok: Tensor) -> int:
         """Entries that writing ordinals tok i64 [n] adds at most to a row of the layer."""
@@ -343,18 +358,16 @@ class RequestKV:
         ends = (int(tok[head, n - 1]) for head, n in enumerate(length.tolist()) if n)
         return max(ends, default=-1)
 
-    def _append(self, layer: int, tok: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Ordinals beyond all that the layer holds, in all heads at once: what every decode step does."""
-        length, n = self.length[layer], len(tok)
-        self._widen(layer, int(length.max()) + n)
-        entry = length[:, None] + np.arange(n)
-        head = np.arange(len(length))[:, None]
-        self._own(slice(layer, layer + 1), slice(None), int(length.min()) // BLOCK, int(entry.max()) // BLOCK + 1)
+    def _listed(self, layers: tuple[int, int]) -> NDArray[np.bool_]:
+        """[layers]: which are explicit."""
+        return np.array([layer in self._explicit for layer in range(*layers)])
+
+    def _list(self, layer: int, entry: NDArray[Any], tok: Tensor, pos: Tensor) -> None:
+        """Note ordinals and positions i64 [n] of entries [n, Hkv], beyond the rows' ends until these have grown."""
+        self._widen(layer, int(entry.max()) + 1)
+        heads = np.arange(entry.shape[1])
         for stored, values in zip(self._explicit[layer], (tok, pos)):
-            stored.numpy()[head, entry] = values.numpy()
-        slots = self.table[layer][head, entry // BLOCK].astype(np.int64) * BLOCK + entry % BLOCK
-        self.pool.layout.write(torch.from_numpy(np.ascontiguousarray(slots.T)), k, v)
-        self.length[layer] += n
+            stored.numpy()[heads, entry] = values.numpy()[:, None]
 
     def _widen(self, layer: int, entries: int) -> None:
         """Room for the ordinals and positions of so many entries, and more when it has to grow."""

@@ -222,6 +222,9 @@ class Bound:
 class RowPolicy(Bound):
     """The tokens/ part of a method: which cells are computed at all."""
 
+    prompt_only: bool = False
+    """Generated tokens go through all layers: hooks are asked about rows of the prompt alone."""
+
     def barriers(self) -> tuple[int, ...]:
         """Layers after which a cut needs every prompt row (README-tokens-cache rule 4)."""
         return ()

@@ -51,6 +51,11 @@ class Member:
         return self.segment.kind == "decode"
 
     @property
+    def is_governed(self) -> bool:
+        """Whether a row policy may touch the rows."""
+        return self.live.is_governed(self.decode)
+
+    @property
     def planner(self) -> Planner | None:
         """Who is asked what the rows read."""
         planner = self.live.planner
@@ -59,13 +64,20 @@ class Member:
     @property
     def is_plain(self) -> bool:
         """No policy touches the rows, no source adds any, and all of them are written."""
-        whole = not self.live.policies and self.live.spans is None
+        whole = not self.is_governed and self.live.spans is None
         return whole and self.segment.tok[0] >= self.live.held
 
     def find_slots(self) -> None:
         """Ask the table once for all layers, where it can tell."""
         if self.slots is None and self.is_plain:
-            self.slots = self.live.kv.slots(self.segment.layer, self.tok)
+            self.slots = self.live.kv.slots(self.segment.layer, self.tok, self.pos)
+
+    def slots_of(self, layer: int) -> Tensor | None:
+        """Those of a layer, i64 [n, Hkv]; None = the table has to sort it out."""
+        if self.slots is not None:
+            return self.slots[layer - self.segment.layer[0]]
+        slots = self.live.kv.slots((layer, layer + 1), self.tok, self.pos) if self.is_plain else None
+        return None if slots is None else slots[0]
 
     @property
     def final(self) -> bool:
@@ -104,9 +116,10 @@ class Batch:
     def __init__(self, members: list[Member], model: Decoder) -> None:
         self.members = sorted(members, key=_order)
         self.n = sum(len(m.tok) for m in members)
-        self.governed = [m for m in self.members if m.live.policies]
+        self.governed = [m for m in self.members if m.is_governed]
         """Those whose rows a policy may touch."""
-        self.observed = [m for m in self.members if m.live.policies or m.live.retention is not None]
+        keeps = [not m.decode and m.live.retention is not None for m in self.members]
+        self.observed = [m for m, retained in zip(self.members, keeps) if m.is_governed or retained]
         """Those whose attention a part may ask for."""
         self.dtype = model.dtype
         self.layout = members[0].live.kv.pool.layout
@@ -159,9 +172,10 @@ class Batch:
 
     @property
     def is_plain(self) -> bool:
-        """No part looks at any row, all know where their K/V go, and no window frees what is still to be read."""
+        """No part looks at any row, and the tables know where K/V go: all know it now, or layer by layer."""
         seen = self.observed or any(m.planner is not None for m in self.members)
-        return not seen and all(m.slots is not None and m.live.kv.windows is None for m in self.members)
+        placed = (m.slots is not None or (m.is_plain and m.live.kv.windows is not None) for m in self.members)
+        return not seen and all(placed)
 
     def view_numbers(self, layer: int) -> Any:
         """What `AttnCall.numbers` takes."""
@@ -169,7 +183,7 @@ class Batch:
 
     def slots(self, layer: int) -> Tensor | None:
         """Where all rows' K/V go in a layer, i64 [N, Hkv]; None if the tables must be asked one by one."""
-        parts = [m.slots[layer - m.segment.layer[0]] for m in self.members if m.slots is not None]
+        parts = [part for m in self.members if (part := m.slots_of(layer)) is not None]
         if len(parts) < len(self.members):
             return None
         self._slots = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

@@ -305,7 +305,7 @@ class Engine:
             live = self._lives[segment.rid]
             lawful = legal(live.f, segment, live.barriers, live.num_prompt)
             assert lawful, f"{segment} breaks the staircase {live.f}"
-            if not live.policies and (new := _new_entries(live, segment)):
+            if not live.is_governed(segment.kind == "decode") and (new := _new_entries(live, segment)):
                 live.kv.provide(segment.layer, new)
         work = begin(self.machine, unit, [self._lives[segment.rid] for segment in unit.segments])
         self._queue.append(LiveUnit(unit, work, work.run()))

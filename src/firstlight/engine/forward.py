@@ -49,7 +49,7 @@ class Pass(Work):
         self._segments: list[tuple[LiveRequest, Segment]] = []
         self._members: list[Member] = []
         self._batch: Batch | None = None
-        self._governed = any(live.policies for live in self.lives)
+        self._governed = any(live.is_governed(s.kind == "decode") for live, s in zip(lives, unit.segments))
         self._sourced = any(live.spans for live in self.lives)
         self._fine = True
         """Whether to stop inside layers."""
@@ -69,7 +69,7 @@ class Pass(Work):
         alone = [
             (live, replace(segment, tok=(t, t + 1)))
             for live, segment in zip(self.lives, self.unit.segments)
-            if segment.kind == "decode" and live.policies
+            if segment.kind == "decode" and live.is_governed(decode=True)
             for t in range(*segment.tok)
         ]
         first = {live.rid: (live, segment) for live, segment in reversed(alone)}
@@ -109,7 +109,7 @@ class Pass(Work):
         tok = torch.arange(*segment.tok)
         if live.spans is not None:
             tok = tok[~live.spans.spared(tok) | (tok == live.num_prompt - 1)]
-        for policy, context in zip(live.policies, live.contexts):
+        for policy, context in zip(live.policies, live.contexts) if live.is_governed(segment.kind == "decode") else ():
             mask = policy.rows0(tok, context)
             tok = tok if mask is None else tok[mask | (tok == live.num_prompt - 1)]
         x = self.machine.model.embed(torch.tensor(live.ids[segment.tok[0] : segment.tok[1]])[tok - segment.tok[0]])
@@ -172,6 +172,8 @@ class Pass(Work):
                 self.machine.observe(stop, seconds)
                 if self._fine:
                     yield stop
+        for m in batch.members:
+            m.live.kv.leave_behind(layer, m.segment.tok[1])
         self._count()
 
     def _holds(self, batch: Batch) -> bool:
@@ -251,7 +253,7 @@ class Pass(Work):
         """Row policies as rows enter: revived rows come in, skipping rows are set aside for this layer."""
         aside: list[tuple[Member, Tensor, Tensor]] = []
         for member in self._members:
-            if not member.live.policies:
+            if not member.is_governed:
                 continue
             entered = self._row_cuts.before_layer(member, layer)
             if entered is not None:
@@ -277,12 +279,12 @@ class Pass(Work):
         for m in batch.members:
             if not m.decode:
                 m.live.computed[layer] += m.hi - m.lo
-            elif m.live.policies:  # rows of the prompt may have come back
+            elif m.is_governed:  # rows of the prompt may have come back
                 m.live.computed[layer] += int((m.tok < m.live.num_prompt).sum())
         if (slots := batch.slots(layer)) is not None:
             batch.layout.write(slots, k, v)
             for m in batch.members:
-                m.live.kv.grow((layer, layer + 1), m.segment.tok[1])
+                m.live.kv.grow((layer, layer + 1), len(m.tok), m.segment.tok[1])
             return
         for m in batch.members:
             self._upsert(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])
@@ -296,7 +298,7 @@ class Pass(Work):
             cells = joined(tok, k, v, m.loaded)
             live.reused += len(cells.tok) - len(tok)
             tok, k, v = cells.tok, cells.k, cells.v
-        if live.policies:
+        if m.is_governed:
             live.kv.provide((layer, layer + 1), live.kv.beyond(layer, tok))
         live.kv.write(layer, tok, tok if m.loaded is not None else m.pos[new:], k, v)
 
@@ -368,9 +370,6 @@ class Pass(Work):
                 self._batch = None
             if m.live.retention is not None and m.final and not m.decode:
                 self._retain(layer, m, probes.obs(m) if probes else None)
-        for m in batch.members:
-            if m.live.kv.windows is not None:
-                m.live.kv.leave_behind(layer, m.segment.tok[1])
         for m, tok, x in aside:
             m.insert(tok, x)
             self._batch = None

@@ -60,6 +60,7 @@ class LiveRequest:
         self.planner: Planner | None = joined(of("attention"))
         self.retention: Retention | None = next(iter(of("cache")), None)
         self.source: KVSource | None = next(iter(of("reuse")), None)
+        self._governs_decode = not all(policy.prompt_only for policy in self.policies)
         self.barriers = tuple(sorted({c for policy in self.policies for c in policy.barriers()}))
 
     def _start(self, num_layers: int) -> None:
@@ -98,6 +99,10 @@ class LiveRequest:
         self.fallback, self.kv, self.dense_from = reason, kv, self.num_generated
         self._use(())
         self.restart()
+
+    def is_governed(self, decode: bool) -> bool:
+        """Whether row policies have a say in rows of the prompt, or of generated tokens."""
+        return self._governs_decode if decode else bool(self.policies)
 
     @property
     def num_known(self) -> int:

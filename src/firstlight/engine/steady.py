@@ -72,21 +72,25 @@ class Steady:
 def _is_steady(live: LiveRequest, segment: Segment) -> bool:
     """One row for all layers up to the last, whose place is known and on which no part has a say."""
     one = segment.kind == "decode" and segment.tok[1] - segment.tok[0] == 1 and segment.layer[1] == len(live.f)
-    if not one or live.policies or live.spans is not None or live.retention is not None:
+    if not one or live.is_governed(decode=True) or live.spans is not None:
         return False
-    return live.kv.windows is None and (live.planner is None or live.planner.prompt_only)
+    return live.planner is None or live.planner.prompt_only
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """What a row takes from its request, as long as its ordinals are in one block of 64."""
+    """What a row takes from its request, as long as no entry of its ordinals comes to lie in another block of 64."""
 
     table: Any = None
-    block: int = -1
+    first: int = 0
+    end: int = 0
+    """Ordinals [first, end)."""
     slots: Any = None
-    """i64 [L, Hkv]: where the block's first entry goes."""
+    """i64 [L, Hkv]: where the first one's entry goes."""
+    lengths: Any = None
+    """i64 [L, Hkv]: what rows of the table hold with it."""
     turns: Any = None
-    """f32 [2, bases, 64, d]: cos and sin of its ordinals."""
+    """f32 [2, bases, end - first, d]: cos and sin."""
 
 
 class Arena:
@@ -108,7 +112,7 @@ class Arena:
         self.slots = torch.zeros(c.num_layers, size, c.num_kv_heads, dtype=torch.int64)
         self.views = np.zeros((c.num_layers, size, ops.view_numbers([kv.view(0)]).shape[1]), np.int64)
         """Of each layer, for all rows: i64 [size, ..]."""
-        self._ends = self.views[:, :, -c.num_kv_heads :]
+        self._lengths = self.views[:, :, -c.num_kv_heads :]
         self._numbers = [t.numpy() for t in (self.x, self.tok, self._turns, self.slots)]
         """Of a pass, for all layers: the same memory, which is written more cheaply this way."""
         self._seats = [Seat()] * size
@@ -132,13 +136,14 @@ class Arena:
         x, tok, turns, slots = self._numbers
         x[len(rows) :], tok[len(rows) :] = 0, 0
         for i, (kv, ordinal) in enumerate(rows):
-            seat, (block, place) = self._seats[i], divmod(ordinal, BLOCK)
-            if seat.table is not kv.table or seat.block != block:
+            seat = self._seats[i]
+            if seat.table is not kv.table or not seat.first <= ordinal < seat.end:
                 seat = self._seats[i] = self._seat(i, kv, ordinal)
+            place = ordinal - seat.first
             tok[i] = ordinal
             turns[:, :, i] = seat.turns[:, :, place]
             slots[:, i] = seat.slots + place
-            self._ends[:, i] = ordinal + 1
+            self._lengths[:, i] = seat.lengths + place
 
     def enter(self, x: Tensor) -> None:
         """The rows that go through the layers, f32 [n, D]."""
@@ -152,13 +157,14 @@ class Arena:
 
     def _seat(self, i: int, kv: RequestKV, ordinal: int) -> Seat:
         """Row i reads and writes this table, which lies where it lies until it grows."""
-        block, place = divmod(ordinal, BLOCK)
-        slots = kv.slots((0, len(self.views)), torch.tensor([ordinal]))
-        assert slots is not None, "the K/V of a steady row are an identity"
-        views = [kv.view(layer) for layer in range(len(self.views))]
-        self.views[:, i] = self._ops.view_numbers(views)
-        turns = torch.stack(self._model.rope(torch.arange(block * BLOCK, (block + 1) * BLOCK)))
-        return Seat(kv.table, block, slots[:, 0].numpy() - place, turns.numpy())
+        layers = (0, len(self.views))
+        entry = kv.places(layers, ordinal)
+        ordinals = torch.arange(ordinal, ordinal + int((BLOCK - entry % BLOCK).min()))
+        slots = kv.slots(layers, ordinals, ordinals)
+        assert slots is not None, "a steady row is the next one in all layers"
+        self.views[:, i] = self._ops.view_numbers([kv.view(layer) for layer in range(*layers)])
+        turns = torch.stack(self._model.rope(ordinals)).numpy()
+        return Seat(kv.table, ordinal, ordinal + len(ordinals), slots[:, 0].numpy(), entry + 1, turns)
 
     # --- tapes --------------------------------------------------------------------------------------------------------
 
@@ -288,6 +294,8 @@ class SteadyPass(Work):
         """All rows are through, and so are those of last tokens through the head."""
         for live, t, row in zip(self.lives, ordinals, self._arena.logits(len(ordinals)).unbind()):
             live.f = [t + 1] * num_layers
-            live.kv.grow((0, num_layers), t + 1)
+            live.kv.grow((0, num_layers), 1, t + 1)
+            for layer in range(num_layers):
+                live.kv.leave_behind(layer, t + 1)
             if t == live.num_known - 1 and not live.cancelled:
                 self.logits[live.rid] = row

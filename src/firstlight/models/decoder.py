@@ -137,6 +137,7 @@ class Decoder:
         small = [name for name, (_, shape) in self.layer_tensors(config).items() if len(shape) == 1]
         layers = [{name: pieces[f"{i}.{name}"] for name in small} for i in range(config.num_layers)]
         self._gains = [{n: self._gain(w) for n, w in layer.items() if "norm." in n} for layer in layers]
+        self._head_gains = [self._joined_head_gains(gains) for gains in self._gains]
         self._bias = [_joined_biases(layer) for layer in layers]
         self.row_flops = sum(2.0 * math.prod(s) * self._used(name) for name, s in self.linears.shapes.items())
         """Operations of all linears for one row, the head apart."""
@@ -184,17 +185,13 @@ class Decoder:
         """
         c, table = self.config, self._table_of[layer]
         heads, scale = self.linears.scaled(f"{layer}.qkv", self._add_norm(layer, "input_layernorm", "qkv", x), out)
-        bias, has_norms = self._bias[layer], "self_attn.q_norm.weight" in self._gains[layer]
-        if bias is not None or has_norms:
+        if (bias := self._bias[layer]) is not None:
             heads, scale = self._finished(heads, scale), None
-        if bias is not None:
             self.ops.shift_rows(heads, bias)
         heads = heads.view(x.shape[0], -1, c.head_dim)
         hq, turning = c.num_heads, c.num_heads + c.num_kv_heads
-        if has_norms:
-            heads[:, :hq] = self._norm(layer, "self_attn.q_norm", heads[:, :hq])
-            heads[:, hq:turning] = self._norm(layer, "self_attn.k_norm", heads[:, hq:turning])
-        turned = self.ops.rotate(heads[:, :turning], cos[table], sin[table], scale)
+        how = (scale, self._head_gains[layer], c.rms_eps)
+        turned = self.ops.rotate(heads[:, :turning], cos[table], sin[table], *how)
         return turned[:, :hq], self._centred(layer, turned[:, hq:]), self._finished(heads[:, turning:], scale)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> None:
@@ -224,16 +221,24 @@ class Decoder:
         return normed
 
     def _capped(self, logits: Tensor) -> Tensor:
-        """cap * tanh(logits / cap), of operators whose vectorised and scalar forms agree."""
-        cap = self.config.logit_cap
-        return logits if cap is None else cap - 2 * cap / (torch.exp(logits * (2 / cap)) + 1)
+        """cap * tanh(logits / cap), in place, of operators whose vectorised and scalar forms agree."""
+        if (cap := self.config.logit_cap) is None:
+            return logits
+        return logits.mul_(2 / cap).exp_().add_(1).reciprocal_().mul_(-2 * cap).add_(cap)
 
     def _gain(self, weight: Tensor) -> Tensor:
         """What a norm multiplies by, f32."""
         return weight.float().clone()
 
+    def _joined_head_gains(self, gains: Mapping[str, Tensor]) -> Tensor | None:
+        """A layer's QK norm: what each head of q and k is multiplied by, f32 [Hq + Hkv, d]; None if there is none."""
+        if "self_attn.q_norm.weight" not in gains:
+            return None
+        counts = (("q", self.config.num_heads), ("k", self.config.num_kv_heads))
+        return torch.cat([gains[f"self_attn.{name}_norm.weight"].expand(n, -1) for name, n in counts])
+
     def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
-        """x [.., D], or heads [n, H, d], each by itself."""
+        """x [.., D]."""
         normed: Tensor = self.ops.rms_norm(x, self._gains[layer][f"{name}.weight"], self.config.rms_eps)
         return normed
 

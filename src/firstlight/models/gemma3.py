@@ -32,6 +32,7 @@ class Gemma3(Decoder):
     """The shared layer math with more norms around it."""
 
     activation = "gelu_pytorch_tanh"
+    all_kernels = True
     tied = True
 
     @classmethod
@@ -91,7 +92,7 @@ class Gemma3(Decoder):
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> None:
         o = self._norm(layer, "post_attention_layernorm", self.linears(f"{layer}.o", attended.flatten(1)))
         made = self._finished(*self._mlp(layer, self._add_norm(layer, "pre_feedforward_layernorm", "gate_up", x, o)))
-        x.add_(self._norm(layer, "post_feedforward_layernorm", made))
+        self.ops.add_rows(x, self._norm(layer, "post_feedforward_layernorm", made))
 
     def _gain(self, weight: Tensor) -> Tensor:
         return 1 + weight.float()

@@ -11,6 +11,8 @@ from firstlight.models.qwen2 import upper_windows
 class Qwen3(Decoder):
     """The shared layer math with QK norm."""
 
+    all_kernels = True
+
     @classmethod
     def layer_tensors(cls, c: ModelConfig) -> LayerTensors:
         return super().layer_tensors(c) | head_norms(c)

@@ -21,6 +21,8 @@ from firstlight.models.qwen3 import Qwen3
 class Qwen3Moe(Qwen3):
     """Qwen 3 with E experts in each layer, all in one tensor: E first."""
 
+    all_kernels = False
+
     @classmethod
     def layer_tensors(cls, c: ModelConfig) -> LayerTensors:
         hidden, ffn, experts = c.hidden_size, c.intermediate_size, c.num_experts

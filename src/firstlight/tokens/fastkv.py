@@ -44,6 +44,7 @@ class FastKVRows(RowPolicy):
     """The tokens part: one barrier, one cut."""
 
     Config = FastKVRowsConfig
+    prompt_only = True
     identity: ClassVar = {"tsp_rate": 1.0}
     trial: ClassVar = {"tsp_idx": 1, "tsp_rate": 0.3}
     capability = Capability(exact=False, prefix_stable=False, last_rows=8, calibration=True)

@@ -63,7 +63,7 @@ class LazyLLM(RowPolicy):
     capability = Capability(exact=False, prefix_stable=False)
 
     def __init__(self, config: LazyLLMConfig) -> None:
-        self.config = config
+        self.config, self.prompt_only = config, not config.revive
         self._keep: dict[int, tuple[float, float]] = {}
         """Boundary -> shares that go on in prefill and in decode."""
         if all(rate == 1 for rate in (*config.keep, *config.decode_keep)):
@@ -102,7 +102,7 @@ class LazyLLM(RowPolicy):
         return Enter(revive=revive if len(revive) else None, visible=chosen)
 
     def after_attend(self, layer: int, rows: RequestRows, obs: Obs | None, ctx: PartContext) -> Cut | None:
-        if not ctx.decode or not self.config.revive or layer not in self._keep:
+        if not ctx.decode or layer not in self._keep:
             return None
         assert obs is not None, "it was probed"
         among = ctx.state.get("chosen", obs.tok[0])

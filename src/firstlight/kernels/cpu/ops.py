@@ -74,11 +74,22 @@ def quantise(x: Tensor, smooth: Tensor) -> Rows8:
     return rows
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> Tensor:
-    """RoPE on halves, in place (arXiv 2104.09864, eq. 34). x [n, H, D] -> x; cos, sin f32 [n, D], sin signed."""
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """RoPE on halves, in place (arXiv 2104.09864, eq. 34). x [n, H, D] -> x; cos, sin f32 [n, D], sin signed.
+
+    With `gain` f32 [H, D] each head goes through `rms_norm` first.
+    """
     _, heads, dim = x.shape
     assert lib is not None and x.stride(2) == 1 and x.stride(1) == dim and cos.is_contiguous() and sin.is_contiguous()
-    lib.rotate(*_rows(x, x, dim, scale), heads, cos.data_ptr(), sin.data_ptr())
+    assert gain is None or (gain.is_contiguous() and gain.shape == x.shape[1:])
+    lib.rotate(*_rows(x, x, dim, scale), heads, cos.data_ptr(), sin.data_ptr(), _address(gain), eps)
     return x
 
 

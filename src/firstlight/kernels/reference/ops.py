@@ -47,14 +47,24 @@ def shift_rows(x: Tensor, by: Tensor) -> None:
     x.add_(by)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> Tensor:
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) of x [n, H, D] by its angle -> [n, H, D].
 
     cos f32 [n, D] holds each pair's cosine in both halves, sin f32 [n, D] its sine, negative in the first half.
 
-    Rotary embedding (arXiv 2104.09864, eq. 34), with the pairs in the two halves of a head, as GPT-NeoX lays them.
+    Rotary embedding (arXiv 2104.09864, eq. 34), with the pairs in the two halves of a head, as GPT-NeoX lays them. With
+    `gain` f32 [H, D] each head is normed first.
     """
     x = _scaled(x, scale)
+    if gain is not None:
+        x = rms_norm(x, gain, eps)
     a, b = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat([b, a], dim=-1) * sin[:, None]
 

@@ -62,12 +62,23 @@ def shift_rows(x: Tensor, by: Tensor) -> None:
     x.copy_(x.float() + by)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> Tensor:
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     """RoPE on halves, in place (arXiv 2104.09864, eq. 34). x [n, H, D] -> x; cos, sin f32 [n, D], sin signed.
+
+    With `gain` f32 [H, D] each head goes through `rms_norm` first.
 
     One rounding an operator: a fused multiply-add rounds once where it is vectorised and twice where it is not.
     """
     wide = x.to(torch.float32, copy=True) if scale is None else _scaled(x, scale)
+    if gain is not None:
+        wide = F.rms_norm(wide, (x.shape[-1],), None, eps).mul_(gain)
     other = wide.roll(x.shape[-1] // 2, -1).mul_(sin[:, None])
     return x.copy_(wide.mul_(cos[:, None]).add_(other))
 
