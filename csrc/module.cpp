@@ -40,9 +40,20 @@ T* at(Address a) {
 
 using Numbers = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// `call`, `plan`, `probe`: the fields of AttnArgs, PlanLists and the probe's in the order of cpu/attention.py.
-int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers> probe, Address views, float scale,
-               float cap, int64_t r0, int64_t r1, int threads, bool bf16, bool bytes) {
+PlanLists lists_of(const int64_t* p) {
+    PlanLists lists{};
+    lists.q_tile = p[0], lists.blk = p[1], lists.num_lists = p[2], lists.head_map = at<int16_t>(p[3]);
+    lists.tile_base = at<int32_t>(p[4]), lists.tile_first = at<int32_t>(p[5]), lists.tile_map = at<int32_t>(p[6]);
+    lists.band = at<int32_t>(p[7]), lists.blk_ptr = at<int32_t>(p[8]), lists.blk_idx = at<int32_t>(p[9]);
+    lists.col_ptr = at<int32_t>(p[10]), lists.col_idx = at<int32_t>(p[11]);
+    lists.skip_log = at<float>(p[12]), lists.scan = p[13];
+    return lists;
+}
+
+// `call`, `probe`, and what lies at `plan`: the fields of AttnArgs, the probe's and PlanLists in the order of
+// cpu/attention.py. Views and plan are read when the call is made; a plan of no lists is none.
+int64_t attend(Numbers call, Address plan, std::optional<Numbers> probe, Address views, float scale, float cap,
+               int64_t r0, int64_t r1, int threads, bool bf16, bool bytes) {
     const int64_t* c = call.data();
     AttnArgs a{};
     a.q = at<void>(c[0]), a.q_row = c[1], a.q_head = c[2];
@@ -52,23 +63,15 @@ int64_t attend(Numbers call, std::optional<Numbers> plan, std::optional<Numbers>
     a.num_requests = c[12], a.row_ptr = at<int64_t>(c[13]), a.tok = at<int64_t>(c[14]), a.pos = at<int64_t>(c[15]);
     a.model_window = c[16];
     a.views = at<int64_t>(views), a.scale = scale, a.cap = cap, a.r0 = r0, a.r1 = r1, a.threads = threads;
-    PlanLists lists{};
-    if (plan) {
-        const int64_t* p = plan->data();
-        lists.q_tile = p[0], lists.blk = p[1], lists.num_lists = p[2], lists.head_map = at<int16_t>(p[3]);
-        lists.tile_base = at<int32_t>(p[4]), lists.tile_first = at<int32_t>(p[5]), lists.tile_map = at<int32_t>(p[6]);
-        lists.band = at<int32_t>(p[7]), lists.blk_ptr = at<int32_t>(p[8]), lists.blk_idx = at<int32_t>(p[9]);
-        lists.col_ptr = at<int32_t>(p[10]), lists.col_idx = at<int32_t>(p[11]);
-        lists.skip_log = at<float>(p[12]), lists.scan = p[13];
-    }
     if (probe) {
         const int64_t *p = probe->data(), n = a.num_requests;
         a.probe_first = p, a.probe_sums = (float* const*)(p + n), a.probe_len = p + 2 * n;
     }
-    if (recorder && (plan || probe)) recorder->is_whole = false;  // their lists are this call's alone
+    if (recorder && probe) recorder->is_whole = false;  // its sums are this call's alone
     nb::gil_scoped_release free;
-    return perform([kernels = active, a, lists, listed = plan.has_value(), bf16, bytes]() mutable {
-        a.plan = listed ? &lists : nullptr;
+    return perform([kernels = active, a, p = at<int64_t>(plan), bf16, bytes]() mutable {
+        const PlanLists lists = p ? lists_of(p) : PlanLists{};
+        a.plan = lists.num_lists ? &lists : nullptr;
         return kernels->attend(a, bf16, bytes);
     });
 }
@@ -96,7 +99,7 @@ NB_MODULE(_native, m) {
     m.def("variants", variants, "names of the variants that this processor can run, the fastest first");
     m.def("choose", choose, nb::arg("name"), "run this variant from now on; false if the processor can't");
     m.def("active", [] { return std::string(active->name); });
-    m.def("attend", attend, nb::arg("call"), nb::arg("plan").none(), nb::arg("probe").none(), nb::arg("views"),
+    m.def("attend", attend, nb::arg("call"), nb::arg("plan"), nb::arg("probe").none(), nb::arg("views"),
           nb::arg("scale"), nb::arg("cap"), nb::arg("r0"), nb::arg("r1"), nb::arg("threads"), nb::arg("bf16"),
           nb::arg("bytes"));
     const nb::call_guard<nb::gil_scoped_release> unlocked;

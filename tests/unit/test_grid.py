@@ -121,9 +121,9 @@ def test_digests_follow_what_is_written(seed: int) -> None:
         first = length if rng.random() < 0.6 else rng.randint(0, length)
         tok = torch.arange(first, first + rng.randint(1, 90))
         k = torch.randn(len(tok), KV_HEADS, D, generator=generator)
-        if (slots := kv.slots((0, 1), tok, tok)) is not None and rng.random() < 0.5:
-            pool.layout.write(slots[0], k, k)
-            kv.grow((0, 1), len(tok), int(tok[-1]) + 1)
+        if (places := kv.places((0, 1), tok, tok)) is not None and rng.random() < 0.5:
+            pool.layout.write(places.slots[0], k, k)
+            kv.grow((0, 1), places.ends)
         else:
             kv.write(0, tok, tok, k, k)
         if rng.random() < 0.2:

@@ -134,7 +134,7 @@ def test_shared_blocks_are_copied_before_a_write() -> None:
     assert pool.cached == 2
 
 
-@pytest.mark.parametrize("first", ["write", "slots"])
+@pytest.mark.parametrize("first", ["write", "places"])
 def test_reservations_are_used_before_anything_else(first: str) -> None:
     pool = Pool(40, D, torch.float32)
     kv = RequestKV(pool, 2, 2)
@@ -145,11 +145,11 @@ def test_reservations_are_used_before_anything_else(first: str) -> None:
     tok = torch.arange(70)
     k = torch.ones(70, 2, D)
     for layer in range(2):
-        if first == "slots":
-            slots = kv.slots((layer, layer + 1), tok, tok)
-            assert slots is not None
-            kv.pool.layout.write(slots[0], k, 2 * k)
-            kv.grow((layer, layer + 1), 70, 70)
+        if first == "places":
+            places = kv.places((layer, layer + 1), tok, tok)
+            assert places is not None
+            kv.pool.layout.write(places.slots[0], k, 2 * k)
+            kv.grow((layer, layer + 1), places.ends)
         else:
             kv.write(layer, tok, tok, k, 2 * k)
     assert kv.missing((0, 2), 58) == 0 and kv.missing((0, 2), 59) == 4
@@ -167,5 +167,5 @@ def test_what_surely_has_its_place_lacks_no_block(windowed: bool) -> None:
             sure += 1
             assert kv.missing((0, 2), 1) == 0
         kv.provide((0, 2), 1)
-        kv.grow((0, 2), 1, t + 1)
+        kv.grow((0, 2), np.full((2, 1), t + 1))
     assert sure == (0 if windowed else 3 * (BLOCK - 1))

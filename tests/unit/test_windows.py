@@ -33,12 +33,12 @@ def some_windows(rng: random.Random) -> Windows:
 def write(kv: RequestKV, layer: int, first: int, end: int) -> None:
     tok = torch.arange(first, end)
     k = (tok.float()[:, None, None] + torch.arange(HEADS)[None, :, None] / 8).expand(-1, -1, D)
-    slots = kv.slots((layer, layer + 1), tok, tok)
-    if slots is None:
+    places = kv.places((layer, layer + 1), tok, tok)
+    if places is None:
         kv.write(layer, tok, tok, k, 2 * k)
     else:
-        kv.pool.layout.write(slots[0], k, 2 * k)
-        kv.grow((layer, layer + 1), end - first, end)
+        kv.pool.layout.write(places.slots[0], k, 2 * k)
+        kv.grow((layer, layer + 1), places.ends)
 
 
 def reads(kv: RequestKV, layer: int, head: int, entries: range) -> bool:

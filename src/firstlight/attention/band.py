@@ -41,6 +41,7 @@ class Band(Planner):
     name = "band"
     seam = "attention"
     Config = BandConfig
+    by_place = True
     identity: ClassVar = {"window": 1 << 20}
     trial: ClassVar = {"sink": 4, "window": 40}
     capability = Capability(exact=False, prefix_stable=True, chunk_invariant=True)

@@ -31,6 +31,7 @@ class DuoAttention(Planner):
     name = "duoattention"
     seam = "attention"
     Config = StreamingConfig
+    by_place = True
     identity: ClassVar = {"streaming_ratio": 0.0}
     trial: ClassVar = {"sink": 4, "recent": 24}
     read_published = staticmethod(read_table)

@@ -23,6 +23,7 @@ class ByHead(Planner):
 
     def __post_init__(self) -> None:
         self.prompt_only = self.scoped.prompt_only and self.rest.prompt_only
+        self.by_place = all(planner.by_place or planner.prompt_only for planner in (self.scoped, self.rest))
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         heads = self.scoped.heads(ctx.layer)

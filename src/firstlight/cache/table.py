@@ -9,7 +9,7 @@ there, the table says 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,15 @@ from firstlight.kernels.kv_layout import BLOCK
 def blocks_for(entries: NDArray[Any] | int) -> Any:
     """Blocks that hold so many entries."""
     return -(-entries // BLOCK)
+
+
+class Places(NamedTuple):
+    """Where entries go."""
+
+    slots: Tensor
+    """i64 [layers, n, Hkv]."""
+    ends: NDArray[np.int64]
+    """[layers, Hkv]: entries that rows hold with them."""
 
 
 class RequestKV:
@@ -175,14 +184,14 @@ class RequestKV:
         """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending)."""
         if len(tok) == 0:
             return
-        here, last = (layer, layer + 1), int(tok[-1])
-        slots = self.slots(here, tok, pos)
-        if slots is None and layer not in self._explicit:
+        here = (layer, layer + 1)
+        places = self.places(here, tok, pos)
+        if places is None and layer not in self._explicit:
             self._make_explicit(layer)
-            slots = self.slots(here, tok, pos)
-        if slots is not None:
-            self.pool.layout.write(slots[0], k, v)
-            self.grow(here, len(tok), last + 1)
+            places = self.places(here, tok, pos)
+        if places is not None:
+            self.pool.layout.write(places.slots[0], k, v)
+            self.grow(here, places.ends)
             return
         if self.is_common(layer):
             self._upsert(layer, None, tok, pos, k, v)
@@ -190,47 +199,45 @@ class RequestKV:
         for head in range(k.shape[1]):
             self._upsert(layer, head, tok, pos, k[:, head], v[:, head])
 
-    def slots(self, layers: tuple[int, int], tok: Tensor, pos: Tensor) -> Tensor | None:
-        """Where ordinals tok i64 [n] go in these layers, i64 [layers, n, Hkv]; `grow` says that they are there.
+    def places(self, layers: tuple[int, int], tok: Tensor, pos: Tensor) -> Places | None:
+        """Where ordinals tok i64 [n] go in these layers: whoever writes there says so by `grow`.
 
-        None unless each row ends before them, or is an identity that they continue or overwrite and has their blocks
-        (of one layer, rows with a window take theirs now); `write` then sorts it out.
+        None unless each row ends before them, or with their first, or is an identity that they continue or overwrite
+        and has their blocks (of one layer, rows with a window take theirs now); `write` then sorts it out.
         """
         lo, hi = layers
         first, last, n = int(tok[0]), int(tok[-1]), len(tok)
-        length = self.length[lo:hi]
         if self.windows is not None and hi - lo == 1 and self.windows.layers[lo]:
-            self._fill(layers, self._lack(layers, last + 1 - int(length[0, 0])))
-        listed = self._listed(layers)
-        if not listed.all() and (last - first + 1 != n or first > int(length[~listed].min())):
-            return None
-        if self.windows is not None and (self.num_blocks[lo:hi] * BLOCK <= last).any():
-            return None
-        if any(self._last(layer) >= first for layer in range(lo, hi) if layer in self._explicit):
-            return None
-        begin = self.places(layers, first)
+            self._fill(layers, self._lack(layers, last + 1 - int(self.length[lo, 0])))
+        begin, identity = self.length[lo:hi].copy(), np.ones(hi - lo, bool)
+        for layer in range(lo, hi):
+            if layer in self._explicit:
+                if ((ends := self._last(layer)) > first).any():
+                    return None
+                begin[layer - lo] -= ends == first
+                identity[layer - lo] = False
+        if identity.any():
+            if last - first + 1 != n or first > int(begin[identity].min()):
+                return None
+            if self.windows is not None and (self.num_blocks[lo:hi] * BLOCK <= last).any():
+                return None
+            if first < int(begin[identity].max()):
+                self.pool.changed(self.table[lo:hi][identity, :, first // BLOCK : last // BLOCK + 1].ravel())
+            begin[identity] = first
         alike = bool((begin == begin[0, 0]).all())
         for rows in [slice(lo, hi)] if alike else [slice(layer, layer + 1) for layer in range(lo, hi)]:
             own = begin[rows.start - lo : rows.stop - lo]
             self._own(rows, slice(None), int(own.min()) // BLOCK, (int(own.max()) + n - 1) // BLOCK + 1)
-        if first < int(length[~listed].max(initial=0)):
-            self.pool.changed(self.table[lo:hi][~listed, :, first // BLOCK : last // BLOCK + 1].ravel())
         entry = begin[:, None] + np.arange(n)[:, None]
-        for layer in range(lo, hi):
-            if layer in self._explicit:
-                self._list(layer, entry[layer - lo], tok, pos)
-        blocks = self.table[np.arange(lo, hi)[:, None, None], np.arange(length.shape[1]), entry // BLOCK]
-        return torch.from_numpy(blocks.astype(np.int64) * BLOCK + entry % BLOCK)
+        for number in np.flatnonzero(~identity).tolist():
+            self._list(lo + number, entry[number], tok, pos)
+        blocks = self.table[np.arange(lo, hi)[:, None, None], np.arange(begin.shape[1]), entry // BLOCK]
+        return Places(torch.from_numpy(blocks.astype(np.int64) * BLOCK + entry % BLOCK), begin + n)
 
-    def places(self, layers: tuple[int, int], ordinal: int) -> NDArray[np.int64]:
-        """[layers, Hkv]: the entry that an ordinal becomes which is each row's next, or is in an identity."""
-        return np.where(self._listed(layers)[:, None], self.length[slice(*layers)], ordinal)
-
-    def grow(self, layers: tuple[int, int], count: int, end: int) -> None:
-        """These layers hold `count` ordinals more, all below `end`, that went where `slots` said."""
-        length, listed = self.length[slice(*layers)], self._listed(layers)
-        length[listed] += count
-        length[~listed] = np.maximum(length[~listed], end)
+    def grow(self, layers: tuple[int, int], ends: NDArray[np.int64]) -> None:
+        """What `places` gave for these layers was written: rows hold [layers, Hkv] entries, if not more."""
+        length = self.length[slice(*layers)]
+        np.maximum(length, ends, out=length)
 
     def beyond(self, layer: int, tok: Tensor) -> int:
         """Entries that writing ordinals tok i64 [n] adds at most to a row of the layer."""
@@ -352,15 +359,11 @@ class RequestKV:
         tok = self.ordinals(layer).clone()
         self._explicit[layer] = (tok, tok.clone())
 
-    def _last(self, layer: int) -> int:
-        """The highest ordinal in an explicit layer, -1 if it is empty."""
-        tok, length = self._explicit[layer][0], self.length[layer]
-        ends = (int(tok[head, n - 1]) for head, n in enumerate(length.tolist()) if n)
-        return max(ends, default=-1)
-
-    def _listed(self, layers: tuple[int, int]) -> NDArray[np.bool_]:
-        """[layers]: which are explicit."""
-        return np.array([layer in self._explicit for layer in range(*layers)])
+    def _last(self, layer: int) -> NDArray[np.int64]:
+        """[Hkv]: the highest ordinal of each head of an explicit layer, -1 where it is empty."""
+        tok, length = self._explicit[layer][0].numpy(), self.length[layer]
+        ends = [int(tok[head, n - 1]) if n else -1 for head, n in enumerate(length.tolist())]
+        return np.array(ends)
 
     def _list(self, layer: int, entry: NDArray[Any], tok: Tensor, pos: Tensor) -> None:
         """Note ordinals and positions i64 [n] of entries [n, Hkv], beyond the rows' ends until these have grown."""

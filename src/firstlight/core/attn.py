@@ -117,6 +117,9 @@ class Planner(Bound):
 
     prompt_only: bool = False
     """Generated tokens stay dense: `plan` is asked about rows of the prompt alone."""
+    by_place: bool = False
+    """Plans of generated tokens follow from their ordinals: that of the last one in a block of 64 does for the others.
+    Asked for it, `plan` gets queries that mean nothing."""
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """A plan for this one request (B = 1), or None for dense."""

@@ -6,7 +6,7 @@ attention call serves them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firstlight.cache.table import Places
 from firstlight.core.attn import Planner
 from firstlight.core.parts import Cells, RequestRows
 from firstlight.core.schedule import Segment
@@ -39,8 +40,8 @@ class Member:
     loaded: Cells | None = None
     """What a source gave for this layer."""
     lo: int = 0
-    slots: Tensor | None = None
-    """Where the rows' K/V go in the segment's layers, i64 [layers, n, Hkv]; None = ask the table in each layer."""
+    places: Places | None = None
+    """Where the rows' K/V go in the segment's layers; None = ask the table in each layer."""
 
     @property
     def hi(self) -> int:
@@ -67,17 +68,17 @@ class Member:
         whole = not self.is_governed and self.live.spans is None
         return whole and self.segment.tok[0] >= self.live.held
 
-    def find_slots(self) -> None:
+    def find_places(self) -> None:
         """Ask the table once for all layers, where it can tell."""
-        if self.slots is None and self.is_plain:
-            self.slots = self.live.kv.slots(self.segment.layer, self.tok, self.pos)
+        if self.places is None and self.is_plain:
+            self.places = self.live.kv.places(self.segment.layer, self.tok, self.pos)
 
-    def slots_of(self, layer: int) -> Tensor | None:
-        """Those of a layer, i64 [n, Hkv]; None = the table has to sort it out."""
-        if self.slots is not None:
-            return self.slots[layer - self.segment.layer[0]]
-        slots = self.live.kv.slots((layer, layer + 1), self.tok, self.pos) if self.is_plain else None
-        return None if slots is None else slots[0]
+    def places_in(self, layer: int) -> Places | None:
+        """Those of one layer, [1, ..]; None = the table has to sort it out."""
+        if self.places is not None:
+            one = slice(layer - self.segment.layer[0], layer - self.segment.layer[0] + 1)
+            return Places(self.places.slots[one], self.places.ends[one])
+        return self.live.kv.places((layer, layer + 1), self.tok, self.pos) if self.is_plain else None
 
     @property
     def final(self) -> bool:
@@ -128,7 +129,7 @@ class Batch:
         self._blocks: dict[int, list[Block]] = {}
         self._scratch: dict[str, Tensor] = {}
         for member in self.members:
-            member.find_slots()
+            member.find_places()
         self._gather(model)
         plain = [m for m in self.members if m.planner is None]
         groups = ([plain] if plain else []) + [[m] for m in self.members if m.planner is not None]
@@ -174,20 +175,21 @@ class Batch:
     def is_plain(self) -> bool:
         """No part looks at any row, and the tables know where K/V go: all know it now, or layer by layer."""
         seen = self.observed or any(m.planner is not None for m in self.members)
-        placed = (m.slots is not None or (m.is_plain and m.live.kv.windows is not None) for m in self.members)
+        placed = (m.places is not None or (m.is_plain and m.live.kv.windows is not None) for m in self.members)
         return not seen and all(placed)
 
-    def view_numbers(self, layer: int) -> Any:
-        """What `AttnCall.numbers` takes."""
+    def numbers(self, layer: int, members: Sequence[Member]) -> Any:
+        """What `AttnCall.numbers` takes, for members that one call serves."""
         return None
 
-    def slots(self, layer: int) -> Tensor | None:
-        """Where all rows' K/V go in a layer, i64 [N, Hkv]; None if the tables must be asked one by one."""
-        parts = [part for m in self.members if (part := m.slots_of(layer)) is not None]
-        if len(parts) < len(self.members):
+    def places(self, layer: int) -> tuple[Tensor, Iterable[Any]] | None:
+        """Where all rows' K/V go in a layer, i64 [N, Hkv], and each member's `ends`; None = ask tables one by one."""
+        found = [places for m in self.members if (places := m.places_in(layer)) is not None]
+        if len(found) < len(self.members):
             return None
-        self._slots = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-        return self._slots
+        slots = [places.slots[0] for places in found]
+        self._slots = slots[0].contiguous() if len(slots) == 1 else torch.cat(slots)
+        return self._slots, [places.ends for places in found]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         lo, hi = members[0].lo, members[-1].hi

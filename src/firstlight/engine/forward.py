@@ -281,10 +281,11 @@ class Pass(Work):
                 m.live.computed[layer] += m.hi - m.lo
             elif m.is_governed:  # rows of the prompt may have come back
                 m.live.computed[layer] += int((m.tok < m.live.num_prompt).sum())
-        if (slots := batch.slots(layer)) is not None:
+        if (places := batch.places(layer)) is not None:
+            slots, ends = places
             batch.layout.write(slots, k, v)
-            for m in batch.members:
-                m.live.kv.grow((layer, layer + 1), len(m.tok), m.segment.tok[1])
+            for m, end in zip(batch.members, ends):
+                m.live.kv.grow((layer, layer + 1), end)
             return
         for m in batch.members:
             self._upsert(layer, m, k[m.lo : m.hi], v[m.lo : m.hi])
@@ -305,8 +306,7 @@ class Pass(Work):
     def _attend(self, layer: int, batch: Batch, q: Tensor, out: Tensor, probes: Probes | None) -> Iterator[Stop]:
         ops, rate = self.machine.ops, self.machine.attention
         for members, rows in batch.groups:
-            call = self._call(layer, members, rows, q, out, probes)
-            call.numbers = batch.view_numbers(layer)
+            call = self._call(layer, members, rows, q, out, probes, batch.numbers(layer, members))
             self._calls.append((members, call))
             if not self._fine:
                 ops.attend(call, 0, rows.row_ptr[-1])
@@ -319,13 +319,20 @@ class Pass(Work):
                 yield Stop("slice", layer, "attend", work)
 
     def _call(
-        self, layer: int, members: Sequence[Member], rows: AttnRows, q: Tensor, out: Tensor, probes: Probes | None
+        self,
+        layer: int,
+        members: Sequence[Member],
+        rows: AttnRows,
+        q: Tensor,
+        out: Tensor,
+        probes: Probes | None,
+        numbers: Any,
     ) -> AttnCall:
         """The attention call of members that lie together in the batch."""
         model, only, lo = self.machine.model, members[0], members[0].lo
         probe = probes.rows(members) if probes else None
         probed = None if probe is None or probe.colsum[0] is None else probe.first_tok[0]
-        plan = self.machine.planning.plan(model, layer, only, q, probed)
+        plan = None if numbers is not None else self.machine.planning.plan(model, layer, only, q, probed)
         return AttnCall(
             q=q[lo:] if lo else q,
             rows=rows,
@@ -337,6 +344,7 @@ class Pass(Work):
             plan=plan,
             model_window=model.windows[layer],
             probe=probe,
+            numbers=numbers,
         )
 
     def _count(self) -> None:

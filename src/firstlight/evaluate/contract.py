@@ -24,6 +24,8 @@ from firstlight.core.errors import UserError
 from firstlight.core.registry import make_schedule
 from firstlight.engine.engine import Engine
 from firstlight.engine.replay import replay
+from firstlight.engine.steady import SteadyPass
+from firstlight.engine.work import Work
 from firstlight.evaluate.trial import (
     LAYERS,
     NEW,
@@ -69,6 +71,7 @@ def checks() -> dict[str, Check]:
         "the prefix cache changes nothing": _cached,
         "one that raises falls back to dense": _raises,
         "generated tokens stay dense": _prompt_only,
+        "replayed steps are as computed ones": _steady,
     }
 
 
@@ -236,6 +239,16 @@ def _prompt_only(subject: Subject) -> str | None:
     if any(max(one.last, default=0) >= len(prompts["r0"]) for one in asked):
         raise Broken("a planner of prompts is asked what generated tokens read")
     return None if asked else "no planner leaves generated tokens alone"
+
+
+def _steady(subject: Subject) -> str | None:
+    """Decode steps from tapes (engine/steady.py): what a part says of generated tokens, it says there too."""
+    subject, prompts = subject.acting(), some_prompts(10, (61, 126, 300))
+    engine, computed, replays = subject.engine(), subject.engine(), list[Work]()
+    engine.on_stop = lambda work, _stop: replays.append(work) if isinstance(work, SteadyPass) else None
+    computed.machine.steady.most = 0
+    _same(answers(engine, prompts), answers(computed, prompts), "what is computed")
+    return None if replays else "a part has a say in every generated token"
 
 
 # --- what they look at ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from firstlight.kernels.contract import AttnCall, AttnRows, KVView, ProbeRows
 from firstlight.kernels.native import lib
 
 Numbers = NDArray[np.int64]
+_PLAN_NUMBERS = 14
 _STEP = 64
 """Rows between two places where a call can be sliced."""
 
@@ -28,7 +29,8 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     (q_row, q_head, one), (out_row, out_head, also_one), (_, heads, dim) = q.stride(), out.stride(), q.shape
     assert one == also_one == 1 and dim % 16 == 0
     if call.numbers is None:
-        call.numbers = view_numbers(call.kv)
+        call.numbers = view_numbers(call.kv), None if call.plan is None else plan_numbers(call.plan)
+    views, plan = call.numbers
     numbers = np.array(
         [
             *(q.data_ptr(), q_row, q_head, out.data_ptr(), out_row, out_head, _address(call.lse)),
@@ -37,10 +39,10 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
         ],
         np.int64,
     )
-    plan = None if call.plan is None else _plan(call.plan)
     probe = None if call.probe is None else _probe(call.probe)
     how = (torch.get_num_threads(), q.dtype == torch.bfloat16, layout.is_int8)
-    seen = lib.attend(numbers, plan, probe, call.numbers.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, *how)
+    listed = 0 if plan is None else plan.ctypes.data
+    seen = lib.attend(numbers, listed, probe, views.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, *how)
     call.stats.dense += (before[r1] - before[r0]) * heads
     call.stats.visible += seen
 
@@ -88,7 +90,10 @@ def _view(view: KVView) -> list[int]:
     ]
 
 
-def _plan(plan: AttnPlan) -> Numbers:
+def plan_numbers(plan: AttnPlan | None) -> Numbers:
+    """A plan as the kernel reads it, whose tensors must be kept; zeros for none."""
+    if plan is None:
+        return np.zeros(_PLAN_NUMBERS, np.int64)
     lists = (plan.head_map, plan.tile_base, plan.tile_first, plan.tile_map, plan.band)
     listed = (plan.blk_ptr, plan.blk_idx, plan.col_ptr, plan.col_idx)
     assert all(t is None or t.is_contiguous() for t in (*lists, *listed, plan.skip_log))

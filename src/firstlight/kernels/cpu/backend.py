@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from firstlight.kernels.cpu.attention import attend, attend_work, view_numbers
+from firstlight.kernels.cpu.attention import attend, attend_work, plan_numbers, view_numbers
 from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, layout, linear
 from firstlight.kernels.cpu.ops import (
     add_norm,
@@ -32,6 +32,7 @@ __all__ = [
     "gelu_mul",
     "layout",
     "linear",
+    "plan_numbers",
     "quantise",
     "rms_norm",
     "rotate",
