@@ -228,11 +228,18 @@ class RequestKV:
         for rows in [slice(lo, hi)] if alike else [slice(layer, layer + 1) for layer in range(lo, hi)]:
             own = begin[rows.start - lo : rows.stop - lo]
             self._own(rows, slice(None), int(own.min()) // BLOCK, (int(own.max()) + n - 1) // BLOCK + 1)
-        entry = begin[:, None] + np.arange(n)[:, None]
         for number in np.flatnonzero(~identity).tolist():
-            self._list(lo + number, entry[number], tok, pos)
-        blocks = self.table[np.arange(lo, hi)[:, None, None], np.arange(begin.shape[1]), entry // BLOCK]
-        return Places(torch.from_numpy(blocks.astype(np.int64) * BLOCK + entry % BLOCK), begin + n)
+            self._list(lo + number, begin[number] + np.arange(n)[:, None], tok, pos)
+        if alike:  # whole columns
+            first_block, place = divmod(int(begin[0, 0]), BLOCK)
+            columns = self.table[lo:hi, :, first_block : (place + n - 1) // BLOCK + first_block + 1]
+            starts = columns.transpose(0, 2, 1)[:, :, None].astype(np.int64) * BLOCK
+            slots = (starts + np.arange(BLOCK)[:, None]).reshape(hi - lo, -1, begin.shape[1])[:, place : place + n]
+        else:
+            entry = begin[:, None] + np.arange(n)[:, None]
+            blocks = self.table[np.arange(lo, hi)[:, None, None], np.arange(begin.shape[1]), entry // BLOCK]
+            slots = blocks.astype(np.int64) * BLOCK + entry % BLOCK
+        return Places(torch.from_numpy(slots), begin + n)
 
     def grow(self, layers: tuple[int, int], ends: NDArray[np.int64]) -> None:
         """What `places` gave for these layers was written: rows hold [layers, Hkv] entries, if not more."""

@@ -127,6 +127,8 @@ class Batch:
         self.memory = Memory()
         """Lent to the operators of held layers."""
         self._blocks: dict[int, list[Block]] = {}
+        self._slots: list[Tensor] = []
+        """Of layers so far: noted calls point to them."""
         self._scratch: dict[str, Tensor] = {}
         for member in self.members:
             member.find_places()
@@ -175,8 +177,12 @@ class Batch:
     def is_plain(self) -> bool:
         """No part looks at any row, and the tables know where K/V go: all know it now, or layer by layer."""
         seen = self.observed or any(m.planner is not None for m in self.members)
-        placed = (m.places is not None or (m.is_plain and m.live.kv.windows is not None) for m in self.members)
-        return not seen and all(placed)
+        return not seen and (self.is_placed or all(m.is_plain and m.live.kv.windows is not None for m in self.members))
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is known where K/V go in all layers."""
+        return all(m.places is not None for m in self.members)
 
     def numbers(self, layer: int, members: Sequence[Member]) -> Any:
         """What `AttnCall.numbers` takes, for members that one call serves."""
@@ -188,8 +194,8 @@ class Batch:
         if len(found) < len(self.members):
             return None
         slots = [places.slots[0] for places in found]
-        self._slots = slots[0].contiguous() if len(slots) == 1 else torch.cat(slots)
-        return self._slots, [places.ends for places in found]
+        self._slots.append(slots[0].contiguous() if len(slots) == 1 else torch.cat(slots))
+        return self._slots[-1], [places.ends for places in found]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         lo, hi = members[0].lo, members[-1].hi

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from firstlight.core.parts import Keep, Merge
 from firstlight.core.schedule import Segment, WorkUnit
-from firstlight.engine.batch import Batch, Block, Member
+from firstlight.engine.batch import Batch, Member
 from firstlight.engine.cuts import RowCuts
+from firstlight.engine.held import Held
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.machine import Machine
 from firstlight.engine.probes import Probes
@@ -28,7 +29,6 @@ from firstlight.engine.rates import slices
 from firstlight.engine.spans import joined
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnCall, AttnRows
-from firstlight.kernels.tape import holding
 
 _HEAD_ROWS = 256
 """Rows of prompt logits made at a time."""
@@ -53,8 +53,8 @@ class Pass(Work):
         self._sourced = any(live.spans for live in self.lives)
         self._fine = True
         """Whether to stop inside layers."""
-        self._calls: list[tuple[Sequence[Member], AttnCall]] = []
-        """Attention of the layer that is under way."""
+        self._calls: list[AttnCall] = []
+        """Attention of layers that are under way: what noted calls point to."""
 
     def run(self) -> Generator[Stop, None, None]:
         for segments in self._rounds():
@@ -77,16 +77,18 @@ class Pass(Work):
         yield from ([row] for row in alone if row not in first.values())
 
     def _through(self) -> Iterator[Stop]:
-        begin = {segment.layer[0] for _, segment in self._segments}
-        end = {segment.layer[1] for _, segment in self._segments}
-        for layer in range(min(begin), max(end)):
+        begin, end = ({segment.layer[side] for _, segment in self._segments} for side in (0, 1))
+        layer = min(begin)
+        while layer < max(end):
             if layer in begin or any(live.cancelled for live in self.lives):
                 self._join(layer)
+            first, layer = layer, layer + 1
             if self._members:
-                yield from self._layer(layer)
-                if layer + 1 in end:
-                    yield from self._leave(layer + 1)
-            yield Stop("layer", layer, "end")
+                alike = min(other for other in begin | end if other > first)
+                layer = yield from self._layers(first, alike)
+                if layer in end:
+                    yield from self._leave(layer)
+            yield Stop("layer", layer - 1, "end")
 
     # --- rows come and go ---------------------------------------------------------------------------------------------
 
@@ -136,7 +138,8 @@ class Pass(Work):
 
     def _predict(self, done: Sequence[Member]) -> None:
         """Logits of each one's last known row, for sampling: the head's weights are read once for all of them."""
-        last = [m for m in done if len(m.tok) and int(m.tok[-1]) == m.live.num_known - 1]
+        sampled = [m for m in done if len(m.tok) and not m.live.cancelled]
+        last = [m for m in sampled if int(m.tok[-1]) == m.live.num_known - 1]
         batch, model = self._batch, self.machine.model
         if batch is not None and len(last) == batch.n:  # all of its rows, as they lie
             logits = batch.head(model)
@@ -159,42 +162,35 @@ class Pass(Work):
             request.logits_sink(tok[a : a + _HEAD_ROWS], model.head(x[a : a + _HEAD_ROWS]))
             yield Stop("slice", len(live.f), "head")
 
-    # --- one layer ----------------------------------------------------------------------------------------------------
+    # --- layers -------------------------------------------------------------------------------------------------------
 
-    def _layer(self, layer: int) -> Iterator[Stop]:
+    def _layers(self, layer: int, alike: int) -> Generator[Stop, None, int]:
+        """One layer, or more up to `alike`, before which no row comes or goes; returns the next one."""
         if self._sourced:
             self._load(layer)
         aside = self._before(layer) if self._governed else []
         batch = self._batch or self._gather()
-        stretches = self._compute(layer, batch, aside)
-        with batch.recording(layer):
-            for stop, seconds in self._held(batch, stretches) if self._holds(batch) else _timed(stretches):
+        if self._holds(batch):
+            held = Held(batch, range(layer, alike), lambda layer: self._compute(layer, batch, ()))
+            for stop, seconds in held.stretches(self._fine):
                 self.machine.observe(stop, seconds)
+                if self._fine or stop.level == "layer":
+                    yield stop
+            self._end(range(layer, held.end), batch)
+            return held.end
+        with batch.recording(layer):
+            before = time.perf_counter()
+            for stop in self._compute(layer, batch, aside):
+                self.machine.observe(stop, time.perf_counter() - before)
                 if self._fine:
                     yield stop
-        for m in batch.members:
-            m.live.kv.leave_behind(layer, m.segment.tok[1])
-        self._count()
+                before = time.perf_counter()
+        self._end(range(layer, layer + 1), batch)
+        return layer + 1
 
     def _holds(self, batch: Batch) -> bool:
         """Whether nothing but kernels touches memory in a layer: no part looks at rows, and all places are known."""
         return self.machine.holds and self.machine.model.can_hold and batch.is_plain
-
-    def _held(self, batch: Batch, stretches: Iterator[Stop]) -> Iterator[tuple[Stop, float]]:
-        """A layer whose calls are all noted before the first one is made (kernels/tape.py), and what stretches took."""
-        stops, ends = list[Stop](), [0]
-        with holding(batch.memory) as tape:
-            for stop in stretches:
-                if len(tape) > ends[-1]:
-                    stops.append(stop)
-                    ends.append(len(tape))
-                else:  # nothing to be done since the last one
-                    stops[-1] = stops[-1]._replace(level=stop.level)
-        if not self._fine:
-            yield from zip(stops, tape.timed(0, ends[1:]))
-            return
-        for stop, begin, end in zip(stops, ends, ends[1:]):
-            yield stop, tape.timed(begin, [end])[0]
 
     def _gather(self) -> Batch:
         """The members' rows as a batch, and whether to stop inside its layers; a steady one, if that may be."""
@@ -206,10 +202,15 @@ class Pass(Work):
         self._batch = steady or Batch(members, machine.model)
         return self._batch
 
+    def _end(self, layers: range, batch: Batch) -> None:
+        """These layers' kernels have run."""
+        self._calls.clear()
+        for m in batch.members:
+            for layer in layers:
+                m.live.kv.leave_behind(layer, m.segment.tok[1])
+
     def _compute(self, layer: int, batch: Batch, aside: Sequence[tuple[Member, Tensor, Tensor]]) -> Iterator[Stop]:
-        step = self.machine.linear.rows(self.machine.model.layer_flops)
-        blocks = batch.blocks(step)
-        q, k, v = yield from self._qkv(layer, batch, blocks)
+        q, k, v = yield from self._qkv(layer, batch)
         for m in batch.governed:
             self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
         self._write(layer, batch, k, v)
@@ -220,7 +221,7 @@ class Pass(Work):
             self._row_cuts.after_attend(m, layer, probes.obs(m) if probes else None)
         yield Stop("sublayer", layer, "attend")
         batch, attended = self._early(layer, batch, attended)
-        yield from self._finish(layer, batch, batch.blocks(step), attended)
+        yield from self._finish(layer, batch, attended)
         self._after(layer, batch, probes, aside)
         yield Stop("sublayer", layer, "mlp")
 
@@ -261,16 +262,17 @@ class Pass(Work):
                 aside += [(member, *entered)] if len(entered[0]) else []
         return aside
 
-    def _qkv(self, layer: int, batch: Batch, blocks: Sequence[Block]) -> Generator[Stop, None, Sequence[Tensor]]:
+    def _qkv(self, layer: int, batch: Batch) -> Generator[Stop, None, Sequence[Tensor]]:
         """q [N, Hq, d], k, v [N, Hkv, d] of all rows, padding included."""
         model, c = self.machine.model, self.machine.model.config
         heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+        blocks = batch.blocks(self.machine.linear.rows(model.qkv_flops))
         whole = batch.scratch("qkv", (sum(heads) * c.head_dim,)) if len(blocks) > 1 else None
         for block in blocks:
             room = None if whole is None else whole[block.lo : block.hi]
             batch.memory.begin()
             made: Sequence[Tensor] = model.qkv(layer, block.x, block.cos, block.sin, room)
-            yield Stop("slice", layer, "qkv")
+            yield Stop("slice", layer, "qkv", model.qkv_flops * (block.hi - block.lo))
         yield Stop("op", layer, "qkv")
         return made if whole is None else whole.view(len(whole), -1, c.head_dim).split_with_sizes(heads, 1)
 
@@ -307,16 +309,16 @@ class Pass(Work):
         ops, rate = self.machine.ops, self.machine.attention
         for members, rows in batch.groups:
             call = self._call(layer, members, rows, q, out, probes, batch.numbers(layer, members))
-            self._calls.append((members, call))
+            self._calls.append(call)
             if not self._fine:
                 ops.attend(call, 0, rows.row_ptr[-1])
-                continue
-            for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate):
+            for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate) if self._fine else ():
                 dense, visible = call.stats.dense, call.stats.visible
                 ops.attend(call, r0, r1)
                 read = call.stats.visible - visible or call.stats.dense - dense  # a held call has counted nothing
                 work *= read / (call.stats.dense - dense)
                 yield Stop("slice", layer, "attend", work)
+            self._count(members, call)
 
     def _call(
         self,
@@ -347,27 +349,26 @@ class Pass(Work):
             numbers=numbers,
         )
 
-    def _count(self) -> None:
+    def _count(self, members: Sequence[Member], call: AttnCall) -> None:
         """Density is reported for prompts, over the triangle of all their tokens, those without a row included.
 
         Held calls have counted nothing: they have no plan, so what is there says what was read.
         """
-        for members, call in self._calls:
-            heads = call.q.shape[1]
-            for i, m in enumerate(members):
-                if not m.decode:
-                    first, end = m.segment.tok
-                    m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
-                    read = call.stats.visible if len(members) == 1 else 0
-                    m.live.stats.visible += read or call.num_read(i) * heads
-        self._calls.clear()
+        heads = call.q.shape[1]
+        for i, m in enumerate(members):
+            if not m.decode:
+                first, end = m.segment.tok
+                m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
+                read = call.stats.visible if len(members) == 1 else 0
+                m.live.stats.visible += read or call.num_read(i) * heads
 
-    def _finish(self, layer: int, batch: Batch, blocks: Sequence[Block], attended: Tensor) -> Iterator[Stop]:
+    def _finish(self, layer: int, batch: Batch, attended: Tensor) -> Iterator[Stop]:
         model = self.machine.model
-        for block in blocks:
+        flops = model.layer_flops - model.qkv_flops
+        for block in batch.blocks(self.machine.linear.rows(flops)):
             batch.memory.begin()
             model.finish(layer, block.x, attended[block.lo : block.hi])
-            yield Stop("slice", layer, "mlp", model.layer_flops * (block.hi - block.lo))
+            yield Stop("slice", layer, "mlp", flops * (block.hi - block.lo))
 
     def _after(
         self, layer: int, batch: Batch, probes: Probes | None, aside: Sequence[tuple[Member, Tensor, Tensor]]
@@ -397,11 +398,3 @@ class Pass(Work):
                 live.kv.keep(layer, idx)
             case Merge(assign, mode):
                 live.kv.merge(layer, assign, mode)
-
-
-def _timed(stretches: Iterator[Stop]) -> Iterator[tuple[Stop, float]]:
-    """Stops, and what the stretches before them took."""
-    began = time.perf_counter()
-    for stop in stretches:
-        yield stop, time.perf_counter() - began
-        began = time.perf_counter()

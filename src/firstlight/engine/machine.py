@@ -31,7 +31,7 @@ class Machine:
     steady: Steady = field(init=False)
 
     def __post_init__(self) -> None:
-        self.steady = Steady(self.model, self.ops, self.planning)
+        self.steady = Steady(self)
 
     def stride(self, unit: WorkUnit, rows: int, pairs: int) -> int:
         """Layers that a unit may do between two stops, with so many rows and (row, key) pairs; 0 = it stops inside."""

@@ -12,8 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from firstlight.core.attn import AttnPlan
 from firstlight.core.schedule import Segment, WorkUnit
 from firstlight.engine.batch import Batch, Block, Member
 from firstlight.engine.live import LiveRequest
-from firstlight.engine.planning import Planning
 from firstlight.engine.rates import padded
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnRows
@@ -33,6 +31,9 @@ from firstlight.kernels.memory import Memory
 from firstlight.kernels.tape import Tape, recording
 from firstlight.models.decoder import Decoder
 
+if TYPE_CHECKING:
+    from firstlight.engine.machine import Machine
+
 Stride = Callable[[int, int], int]
 """Of so many rows and (row, key) pairs: layers between two stops, 0 = it stops inside layers."""
 
@@ -40,10 +41,10 @@ Stride = Callable[[int, int], int]
 class Steady:
     """The arenas of one machine, by padded row count."""
 
-    def __init__(self, model: Decoder, ops: ModuleType, planning: Planning) -> None:
-        self._model, self._ops, self._planning = model, ops, planning
+    def __init__(self, machine: Machine) -> None:
+        self._machine, self._model = machine, machine.model
         self._arenas: dict[int, Arena] = {}
-        self.most = 64 if hasattr(ops, "view_numbers") else 0
+        self.most = 64 if hasattr(machine.ops, "view_numbers") else 0
         """Rows of a pass that is recorded."""
 
     def replay(self, unit: WorkUnit, lives: Sequence[LiveRequest], stride: Stride) -> SteadyPass | None:
@@ -67,7 +68,7 @@ class Steady:
             return None
         size = padded(len(members))
         if size not in self._arenas:
-            self._arenas[size] = Arena(size, self._model, self._ops, self._planning, members[0].live.kv)
+            self._arenas[size] = Arena(size, self._machine, members[0].live.kv)
         arena = self._arenas[size]
         return None if arena.is_taken else SteadyBatch(arena, list(members), self._model)
 
@@ -109,9 +110,10 @@ class Arena:
     A pass has it as long as it, or its batch, lives.
     """
 
-    def __init__(self, size: int, model: Decoder, ops: ModuleType, planning: Planning, kv: RequestKV) -> None:
+    def __init__(self, size: int, machine: Machine, kv: RequestKV) -> None:
+        model, ops = machine.model, machine.ops
         c = model.config
-        self._model, self._ops, self._planning = model, ops, planning
+        self._machine, self._model = machine, model
         self.x = torch.zeros(size, c.hidden_size)
         self.tok = torch.zeros(size, dtype=torch.int64)
         """Ordinals, and positions: all rows are as they were made."""
@@ -177,16 +179,16 @@ class Arena:
         end = ordinal + int((BLOCK - np.append(one.ends - 1, ordinal) % BLOCK).min())
         ordinals = torch.arange(ordinal, end)
         kv.places((0, len(layers)), ordinals, ordinals)  # so that they are listed
-        self.views[:, i] = self._ops.view_numbers([kv.view(layer) for layer in layers])
+        self.views[:, i] = self._machine.ops.view_numbers([kv.view(layer) for layer in layers])
         plans = [self._plan(live, layer, ordinals[-1:]) for layer in layers] if _is_planned(live) else []
-        self.plans[:, i] = [self._ops.plan_numbers(plan) for plan in plans] if plans else 0
+        self.plans[:, i] = [self._machine.ops.plan_numbers(plan) for plan in plans] if plans else 0
         turns = torch.stack(self._model.rope(ordinals)).numpy()
         return Seat(kv.table, ordinal, end, one.slots[:, 0].numpy(), one.ends, turns, plans)
 
     def _plan(self, live: LiveRequest, layer: int, tok: Tensor) -> AttnPlan | None:
         segment = Segment(live.rid, "decode", (int(tok), int(tok) + 1), (0, len(self.views)))
         member = Member(live, segment, tok, tok, self.x[:1])
-        return self._planning.plan(self._model, layer, member, self._no_query, None)
+        return self._machine.planning.plan(self._model, layer, member, self._no_query, None)
 
     # --- tapes --------------------------------------------------------------------------------------------------------
 

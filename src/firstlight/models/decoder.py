@@ -144,6 +144,8 @@ class Decoder:
         self.can_hold = self.all_kernels and self.linears.all_kernels
         """Whether calls of a layer's halves may be noted first and made later (kernels/tape.py)."""
         self.layer_flops = self.row_flops / config.num_layers
+        self.qkv_flops = 2.0 * math.prod(self.linears.shapes["0.qkv"])
+        """Operations of a layer's first half for one row."""
         self._tables = _tables(config, served or config.max_context)
         local = config.local_layers if config.local_rope_theta else ()
         self._table_of = [int(layer in local) for layer in range(config.num_layers)]

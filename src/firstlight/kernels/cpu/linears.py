@@ -78,8 +78,8 @@ class Panels:
         if self._missing:
             x = F.pad(x, (0, self._missing))
         dtype = torch.float32 if wide or self._kind == 0 else torch.bfloat16
-        out = empty((len(x), self.outputs), dtype) if out is None else out
-        n, width = len(out), x.shape[1]
+        out = empty((x.shape[0], self.outputs), dtype) if out is None else out
+        n, width = out.shape[0], x.shape[1]  # `len` of a tensor is Python, and takes a microsecond
         where = (x.data_ptr(), self._panels.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), n, width)
         how = (torch.get_num_threads(), self._kind, wide, _address(self._scale), _address(self._start))
         lib.matmul(*where, self.outputs, *how, 0)

@@ -128,7 +128,7 @@ def _rows(
     target, made = out if isinstance(out, Rows8) else (out, None)
     assert x is None or x.stride(-1) == 1
     assert (scale is None or scale.is_contiguous()) and (smooth is None or smooth.is_contiguous())
-    n, dtype, step = (n, dtype, 0) if x is None else (len(x), x.dtype, x.stride(0))
+    n, dtype, step = (n, dtype, 0) if x is None else (x.shape[0], x.dtype, x.stride(0))
     out_step = step if target is x else width
     where = (_address(x), target.data_ptr(), step, out_step, n, width, torch.get_num_threads(), dtype == _BF16)
     return *where, _address(scale), _address(made), _address(smooth)

@@ -1,0 +1,60 @@
+"""Layers whose calls of kernels are all noted before the first one is made (kernels/tape.py, decision 0020).
+
+Where nothing but kernels touches memory, Python decides several layers of a pass while its own code is in the caches.
+The calls are then made stretch by stretch, with the stops of a pass that makes them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+
+from firstlight.core.schedule import YieldAt
+from firstlight.engine.batch import Batch
+from firstlight.engine.work import Stop
+from firstlight.kernels.tape import holding
+
+_MOST_CALLS = 1024
+"""Noted at a time, but for whole layers: Python takes some us each, and meanwhile nothing can stop."""
+
+
+class Held:
+    """A batch's next layers, noted: as many of `layers` as make the most calls, by those so far.
+
+    It is one where blocks are freed behind it: another one's places aren't known before.
+    """
+
+    def __init__(self, batch: Batch, layers: range, compute: Callable[[int], Iterator[Stop]]) -> None:
+        """`compute`: a layer's calls, with its stops."""
+        self.end = layers.start
+        """The layer after them."""
+        self._noted: list[tuple[Stop, int]] = []
+        """Each stop, and how many calls come before it."""
+        with holding(batch.memory) as self._tape:
+            while self.end < layers.stop and (self.end == layers.start or (batch.is_placed and self._fits(layers))):
+                if self._noted:
+                    self._raise("layer")
+                for stop in compute(self.end):
+                    if not self._noted or len(self._tape) > self._noted[-1][1]:
+                        self._noted.append((stop, len(self._tape)))
+                    else:  # nothing is to be done since the last one
+                        self._raise(stop.level)
+                self.end += 1
+
+    def stretches(self, fine: bool) -> Iterator[tuple[Stop, float]]:
+        """Make the calls: each stop, and the seconds before it. A whole layer's at once unless `fine`."""
+        begin = 0
+        for _, stretch in groupby(self._noted, key=lambda noted: noted if fine else noted[0].layer):
+            stops, ends = zip(*stretch)
+            yield from zip(stops, self._tape.timed(begin, ends))
+            begin = ends[-1]
+
+    def _fits(self, layers: range) -> bool:
+        """Whether one more, as large as those so far, does."""
+        count = self.end - layers.start
+        return len(self._tape) * (count + 1) <= _MOST_CALLS * count
+
+    def _raise(self, level: YieldAt) -> None:
+        """The last stop is of this level, too."""
+        stop, calls = self._noted[-1]
+        self._noted[-1] = stop._replace(level=level), calls
