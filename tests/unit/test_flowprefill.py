@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import inf
 
@@ -10,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixes import SLICE_S, Mix, Step, mixes, play, stretches
 
-from firstlight.core.schedule import Admitted, Arrival, Plan, Preempted, Segment, UnitDone, UnitYielded, WorkUnit
+from firstlight.core.schedule import (
+    Admitted,
+    Arrival,
+    Plan,
+    Preempted,
+    Segment,
+    Timer,
+    UnitDone,
+    UnitYielded,
+    WorkUnit,
+)
 from firstlight.core.view import View, ViewConfig
 from firstlight.schedule import flowprefill
 from firstlight.schedule.flowprefill import FlowPrefill, FlowPrefillConfig
@@ -203,6 +214,21 @@ def test_at_0_they_wait() -> None:
     steps = play(mix_of(stream, long, decode_every_ms=0.0))
     assert not [t for t in stream.token_at if 0.22 < t < long.ended_at] and num_yields(steps) == 0
     assert len(stream.token_at) == 120
+
+
+@settings(max_examples=60)
+@given(mixes(schedule="flowprefill"))
+def test_at_0_no_clock_wakes_it(mix: Mix) -> None:
+    """It decides when something happened, once at most each time: in how long a prompt is read has no part in it."""
+    steps = play(replace(mix, schedule=replace(mix.schedule, decode_every_ms=0.0)))
+    events = [event for step in steps for event in step.events]
+    assert not any(isinstance(event, Timer) for event in events)
+    assert len(steps) <= len(events) and all(step.events and step.plan.wake_at is None for step in steps)
+
+
+def test_at_0_a_prompt_of_any_length_takes_as_many_decisions() -> None:
+    """It came, it is in, it is done."""
+    assert [len(play(mix_of(SimRequest("a", 0.0, n, 1), decode_every_ms=0.0))) for n in (10, 500, 9000)] == [3, 3, 3]
 
 
 def test_prompts_keep_half_of_the_time() -> None:

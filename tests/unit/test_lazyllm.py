@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_what_goes_on_at_a_boundary(seed: int, n: int, levels: int, share: float
     at_5 = part.after_attend(5, rows, obs, context)
     assert at_5 is not None and at_5.keep.tolist() == kept({t: score[t] for t in at_2.keep.tolist()}, share, always)
     assert part.before_layer(0, rows, tok[:0], context) is None, "the next step begins with all tokens"
+
+
+@pytest.mark.parametrize("share", ["0.55", "0.07", "0.7"])
+def test_shares_are_counted_exactly(share: str) -> None:
+    """ceil(p n) of the p that somebody wrote: 0.55 of 100 tokens are 55, though 0.55 * 100 is more than that."""
+    exact = Fraction(share)
+    part = bound(LazyLLMConfig([2], [float(exact)], always_first=0))
+    for n in range(1, 700):
+        tok, colsum = torch.arange(n), torch.rand(2, n)
+        cut = part.at_barrier(2, tok, Obs(colsum, tok.expand(2, -1)), PartContext("r", n, 30))
+        assert len(cut.keep) == math.ceil(exact * n), n
 
 
 def test_where_boundaries_lie() -> None:

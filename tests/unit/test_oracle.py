@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,11 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from firstlight.attention.oracle import Oracle, OracleConfig
+from firstlight.attention.band import Band, BandConfig
+from firstlight.attention.flexprefill import FlexPrefill, FlexPrefillConfig
+from firstlight.attention.grid import mask_of
+from firstlight.attention.minference import MInference, MInferenceConfig
+from firstlight.attention.oracle import BLOCKS, HEADS, POOLS, ROWS, Oracle, OracleConfig, attention_mass
+from firstlight.attention.random import Random, RandomConfig
+from firstlight.attention.trishape import TriShape, TriShapeConfig
 from firstlight.attention.xattention import XAttention, XAttentionConfig
-from firstlight.core.attn import PlanContext
+from firstlight.core.attn import PlanContext, Planner
 from firstlight.core.errors import UserError
+from firstlight.core.parts import ModelFacts
 from tests.plans import context, seen, some_qk
+from tests.unit.test_compactattention import mean_k
 
 N, G = 150, 3
 Q, K = some_qk(N)
@@ -82,6 +91,26 @@ def test_as_many_as_there_are_is_dense() -> None:
         assert Oracle(config).plan(context(Q, K, range(20, 60))) is None
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_as_many_as_there_are_show_all(rows: int, heads: str) -> None:
+    """Where more of the prompt is to come, lists are made, and they hold everything."""
+    ctx = context(Q, K, range(90, N), prompt_len=1000)
+    before = (torch.arange(N) <= ctx.tok[:, None])[:, None]
+    for block, pool in itertools.product(BLOCKS, POOLS):
+        plan = Oracle(OracleConfig(256, rows, block, heads, pool)).plan(ctx)
+        assert plan is not None and torch.equal(seen(plan, ctx), before.expand(-1, 6, -1))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_mass_is_that_of_dense_attention_and_sums_to_one(heads: str) -> None:
+    mass = attention_mass(context(Q, K, range(40, N)), slice(10, 60), heads)
+    torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass[..., 0]))
+    lists = {"layer": 1, "group": 2, "head": 6}[heads]
+    of_lists = dense()[50:100].unflatten(1, (lists, -1)).mean(2).transpose(0, 1)
+    torch.testing.assert_close(mass, of_lists[..., : mass.shape[2]])
+
+
 def recall(see: Tensor) -> float:
     """Mean mass held."""
     return float((dense() * see).sum(-1).mean())
@@ -96,17 +125,47 @@ def test_more_entries_hold_more_and_sharing_holds_less() -> None:
     assert by_rows == sorted(by_rows, reverse=True)
 
 
-def test_nobody_holds_more_with_as_much() -> None:
-    ctx = context(Q, K, range(N))
-    other = seen(XAttention(XAttentionConfig(tau=0.6, stride=1, block=16)).plan(ctx), ctx)
+LONG_Q, LONG_K = some_qk(300, dim=16)
+LATE = range(200, 300)
+FACTS = ModelFacts("", 1, 6, 2, 16, (None,))
+SOME_PLANNERS: list[Planner] = [
+    Band(BandConfig(sink=4, window=40)),
+    Random(RandomConfig(density=0.4, block=16)),
+    XAttention(XAttentionConfig(tau=0.6, stride=1, block=16)),
+    FlexPrefill(FlexPrefillConfig(gamma=0.4, min_budget=64, block=64)),
+    MInference(MInferenceConfig(vertical=40.0, slash=60.0, exact=True)),
+    TriShape(TriShapeConfig(sink=4, window=40, tail=20)),
+]
+
+
+@pytest.fixture(scope="module")
+def most() -> Tensor:
+    """f64 [301, rows, Hq]: the mass that the oracle holds with so many entries for each row and head."""
+    ctx, mass = context(LONG_Q, LONG_K, LATE), dense(LONG_Q, LONG_K)[LATE[0] :]
+    held = [torch.zeros(len(LATE), 6).double()]
+    for k in range(1, 300):
+        plan = Oracle(OracleConfig(k=k, heads="head")).plan(ctx)
+        assert plan is not None
+        lists = mask_of(plan.col_ptr, plan.col_idx, len(LATE) * 6, 300)
+        held.append((mass * lists.view_as(mass)).sum(-1))
+    return torch.stack([*held, mass.sum(-1)])
+
+
+@pytest.mark.parametrize("planner", SOME_PLANNERS, ids=lambda planner: planner.name)
+def test_nobody_holds_more_with_as_much(planner: Planner, most: Tensor) -> None:
+    planner.bind(FACTS, None)
+    means = mean_k(LONG_K.transpose(0, 1))
+    ctx = context(LONG_Q, LONG_K, LATE, digest=means)
+    see = seen(planner.plan(ctx), ctx)
+    held = (dense(LONG_Q, LONG_K)[LATE[0] :] * see).sum(-1)
+    count = see.sum(-1)
+    assert bool((count > 0).all()) and int(count.sum()) < 0.9 * 6 * sum(t + 1 for t in LATE)
+    assert bool((held <= most.gather(0, count[None])[0] + 1e-9).all())
+
+
+def test_dice_hold_much_less() -> None:
     generator = torch.Generator().manual_seed(1)
     chance = torch.rand(N, 6, N, generator=generator).masked_fill(torch.ones(N, N).triu(1).bool()[:, None], -1)
-    for see in (other, chance > 0.7):
-        mass = dense()
-        budget = see.sum(-1)
-        ranked = mass.sort(-1, descending=True).values.cumsum(-1)
-        most = ranked.gather(-1, (budget - 1).clamp(min=0)[..., None])[..., 0] * (budget > 0)
-        assert ((mass * see).sum(-1) <= most + 1e-9).all()
     fixed = chance.topk(20, -1).indices
     see = torch.zeros(N, 6, N, dtype=torch.bool).scatter_(-1, fixed, True) & (chance >= 0)
     assert recall(see) < 0.8 * recall(shown(k=20, heads="head"))

@@ -123,6 +123,13 @@ def test_a_lone_prompt_is_one_unit() -> None:
     assert units_of(mix_of(SimRequest("a", 0.0, 2000, 1, chunk=900))) == [("slice", 900)] * 2 + [("none", 200)]
 
 
+@pytest.mark.parametrize("lift", [True, False])
+def test_edges_of_the_budget_alone(lift: bool) -> None:
+    """A prompt that fits is an ordinary unit either way."""
+    units = [units_of(mix_of(SimRequest("a", 0.0, n, 1), lift=lift)) for n in (1, 512, 513)]
+    assert units == [[("none", 1)], [("none", 512)], [("slice", 513)] if lift else [("none", 512), ("none", 1)]]
+
+
 @pytest.mark.parametrize("n_tokens", [1, 511, 512, 513])
 def test_edges_of_the_budget_beside_a_decode(n_tokens: int) -> None:
     mix = mix_of(SimRequest("a", 0.0, 10, 50), SimRequest("b", 0.01, n_tokens, 1))
@@ -212,6 +219,20 @@ def test_a_short_prompt_does_not_wait_for_a_long_ones_admission_twice() -> None:
     holder, big, small = SimRequest("h", 0.0, 100, 90), SimRequest("i", 0.01, 500, 1), SimRequest("j", 0.02, 10, 1)
     play(mix_of(holder, big, small, columns=8))
     assert big.admitted_at[0] >= holder.ended_at and small.admitted_at[0] >= big.admitted_at[0]
+
+
+@pytest.mark.parametrize("grow", [0, 4])
+def test_the_last_free_block_admits(grow: int) -> None:
+    """All that a prompt needs has to be there, beside what the next tokens of others take, and no block more."""
+    config = ViewConfig(4, 4, 400, 4, 4096)
+    policy = Sarathi(SarathiConfig(), config)
+    for free, admitted in ((40 + grow, ("b",)), (39 + grow, ())):
+        view = View.start(config).after(0.0, [Arrival("a", 64, 64, 8, 9)])
+        view = view.after_plan(policy.step(0.0, [], view)).after(0.0, [Admitted("a", 0, free_blocks=392)])
+        view = view.after_plan(policy.step(0.0, [], view))
+        done = UnitDone(0, 0.1, sampled={"a": 1}, grow={"a": grow} if grow else {}, free_blocks=free)
+        view = view.after(0.1, [done, Arrival("b", 639, 639, 40, 1)])
+        assert view.free_blocks == free and policy.step(0.1, [], view).admit == admitted
 
 
 @settings(max_examples=200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -145,3 +146,41 @@ def test_columns_become_their_blocks(seed: int) -> None:
     padded = torch.nn.functional.pad(columns, (0, -KEYS % plan.blk))
     touched = padded.unflatten(2, (-1, plan.blk)).any(3).repeat_interleave(plan.blk, 2)[:, :, :KEYS]
     assert torch.equal(seen(made, *rows), blocks | touched)
+
+
+def skipping(rng: random.Random, plan: AttnPlan, scan: int) -> AttnPlan:
+    """The plan with a threshold for each head."""
+    return replace(plan, skip_log=torch.tensor([[-rng.random() for _ in range(HEADS)]]), scan=scan)
+
+
+@given(seed=st.integers(0, 10**6), scan=st.sampled_from([0, 1, 2]))
+def test_thresholds_stay_with_their_heads(seed: int, scan: int) -> None:
+    rng = random.Random(seed)
+    plan, _, last = over(rng, tiles=(128,))
+    plan = skipping(rng, plan, scan)
+    made = [
+        retile(plan, 32),
+        reblock(plan, 16),
+        coarsen(plan, 3, tiles=True),
+        force(plan, 4, 40),
+        to_blocks(plan),
+        dense_rows(plan, last),
+    ]
+    assert plan.skip_log is not None
+    assert all(each.skip_log is not None and each.skip_log.equal(plan.skip_log) for each in made)
+    assert all(each.scan == scan for each in made)
+
+
+@given(seed=st.integers(0, 10**6), scan=st.sampled_from([0, 1, 2]), others=st.sampled_from(["skip", "plan", "dense"]))
+def test_each_head_skips_by_its_own_plan(seed: int, scan: int, others: str) -> None:
+    """One without thresholds, and dense, never skip."""
+    rng = random.Random(seed)
+    plan, first, last = over(rng)
+    one, rest = skipping(rng, plan, scan), some_plan(rng, rng.choice([16, 128]), 64, first, last)
+    other = {"skip": skipping(rng, rest, scan), "plan": rest, "dense": None}[others]
+    heads = torch.tensor([rng.random() < 0.5 for _ in range(HEADS)])
+    never = torch.full((1, HEADS), -math.inf)
+    spared = never if other is None or other.skip_log is None else other.skip_log
+    for joined, mine in ((by_head(heads, one, other), heads), (by_head(heads, other, one), ~heads)):
+        assert joined is not None and joined.skip_log is not None and joined.scan == scan
+        assert joined.skip_log.equal(torch.where(mine, one.skip_log, spared))

@@ -69,7 +69,7 @@ def test_a_request_never_holds_more_than_it_was_promised(seed: int) -> None:
             for head, has_window in enumerate(row):
                 assert reads(kv, layer, head, range(max(0, done - windows.size + 1) if has_window else 0, end))
                 assert reads(kv, layer, head, range(min(windows.sink, end)))
-            kv.leave_behind(layer, end)
+            kv.leave_behind([layer], end)
             pool.check()
             assert pool.used + kv.reserved == promised, "what is freed stays promised to the prompt"
             assert kv.nbytes == pool.used * pool.block_nbytes

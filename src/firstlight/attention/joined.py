@@ -31,8 +31,14 @@ class ByHead(Planner):
         plan = _asked(self.rest, other)
         return plan if heads is None else by_head(heads, _asked(self.scoped, own), plan)
 
+    def fallback(self, ctx: PlanContext) -> AttnPlan | None:
+        """Heads that are decided by themselves stay so: the K/V that they don't read may be gone."""
+        heads, own = self.scoped.heads(ctx.layer), replace(ctx, state=ctx.state.setdefault("scoped", {}))
+        return None if heads is None else by_head(heads, _asked(self.scoped, own), None)
+
     def operations(self, ctx: PlanContext) -> float:
-        return float(self.scoped.operations(ctx)) + self.rest.operations(ctx)
+        asked = (planner for planner in (self.scoped, self.rest) if not (planner.prompt_only and ctx.is_decode))
+        return sum(float(planner.operations(ctx)) for planner in asked)
 
     def rehearse(self, ctx: PlanContext) -> float:
         return self.rest.rehearse(ctx)

@@ -8,7 +8,7 @@ there, the table says 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,21 +97,23 @@ class RequestKV:
             lack[self.windows.rows[layers[0] : layers[1]]] = 0
         self._fill(layers, lack)
 
-    def leave_behind(self, layer: int, done: int) -> None:
-        """Free blocks behind a layer's windows, which rows from ordinal `done` on can't read; they stay promised."""
-        if self.windows is None or not self.windows.layers[layer]:
+    def leave_behind(self, layers: Iterable[int], done: int) -> None:
+        """Free blocks behind layers' windows, which rows from ordinal `done` on can't read; they stay promised."""
+        if self.windows is None:
             return
-        first, old = self.windows.first(done), int(self._behind[layer])
-        if first <= old:
-            return
-        blocks = np.arange(old, first)
-        blocks, heads = blocks[~self.windows.stays(blocks)], np.flatnonzero(self.windows.rows[layer])
-        places = np.ix_(heads, blocks)
-        freed = self.pool.release(self.table[layer][places].ravel())
-        self.table[layer][places] = 0
-        self._behind[layer] = first
-        self._gone[layer, heads] += len(blocks)
-        self.reserve(self.reserved + freed)
+        first = self.windows.first(done)
+        for layer in layers:
+            old = int(self._behind[layer])
+            if first <= old or not self.windows.layers[layer]:
+                continue
+            blocks = np.arange(old, first)
+            blocks, heads = blocks[~self.windows.stays(blocks)], np.flatnonzero(self.windows.rows[layer])
+            places = np.ix_(heads, blocks)
+            freed = self.pool.release(self.table[layer][places].ravel())
+            self.table[layer][places] = 0
+            self._behind[layer] = first
+            self._gone[layer, heads] += len(blocks)
+            self.reserve(self.reserved + freed)
 
     def settle(self) -> None:
         """Tokens come one by one from now on: of a promise over windows only the next one's blocks stay."""
@@ -184,14 +186,9 @@ class RequestKV:
         """Upsert k, v [n, Hkv, D] by ordinal tok i64 [n] (ascending)."""
         if len(tok) == 0:
             return
-        here = (layer, layer + 1)
-        places = self.places(here, tok, pos)
-        if places is None and layer not in self._explicit:
-            self._make_explicit(layer)
-            places = self.places(here, tok, pos)
-        if places is not None:
+        if (places := self.open(layer, tok, pos)) is not None:
             self.pool.layout.write(places.slots[0], k, v)
-            self.grow(here, places.ends)
+            self.grow((layer, layer + 1), places.ends)
             return
         if self.is_common(layer):
             self._upsert(layer, None, tok, pos, k, v)
@@ -216,6 +213,8 @@ class RequestKV:
                     return None
                 begin[layer - lo] -= ends == first
                 identity[layer - lo] = False
+                if (ends == first).any():
+                    self.pool.changed(self.table[layer, ends == first, begin[layer - lo][ends == first] // BLOCK])
         if identity.any():
             if last - first + 1 != n or first > int(begin[identity].min()):
                 return None
@@ -224,6 +223,7 @@ class RequestKV:
             if first < int(begin[identity].max()):
                 self.pool.changed(self.table[lo:hi][identity, :, first // BLOCK : last // BLOCK + 1].ravel())
             begin[identity] = first
+        assert (self.num_blocks[lo:hi] * BLOCK >= begin + n).all(), "blocks were not provided"
         alike = bool((begin == begin[0, 0]).all())
         for rows in [slice(lo, hi)] if alike else [slice(layer, layer + 1) for layer in range(lo, hi)]:
             own = begin[rows.start - lo : rows.stop - lo]
@@ -240,6 +240,14 @@ class RequestKV:
             blocks = self.table[np.arange(lo, hi)[:, None, None], np.arange(begin.shape[1]), entry // BLOCK]
             slots = blocks.astype(np.int64) * BLOCK + entry % BLOCK
         return Places(torch.from_numpy(slots), begin + n)
+
+    def open(self, layer: int, tok: Tensor, pos: Tensor) -> Places | None:
+        """`places` in one layer, which becomes explicit if its rows skip one; None if `write` must sort it out."""
+        here = (layer, layer + 1)
+        if (places := self.places(here, tok, pos)) is None and layer not in self._explicit:
+            self._make_explicit(layer)
+            places = self.places(here, tok, pos)
+        return places
 
     def grow(self, layers: tuple[int, int], ends: NDArray[np.int64]) -> None:
         """What `places` gave for these layers was written: rows hold [layers, Hkv] entries, if not more."""

@@ -118,8 +118,8 @@ class Planner(Bound):
     prompt_only: bool = False
     """Generated tokens stay dense: `plan` is asked about rows of the prompt alone."""
     by_place: bool = False
-    """Plans of generated tokens follow from their ordinals: that of the last one in a block of 64 does for the others.
-    Asked for it, `plan` gets queries that mean nothing."""
+    """Plans of generated tokens follow from their ordinals: one does for up to 64 tokens, and is that of the last of
+    them. Asked for it, `plan` gets queries that mean nothing, and a view in which these tokens aren't yet."""
 
     def plan(self, ctx: PlanContext) -> AttnPlan | None:
         """A plan for this one request (B = 1), or None for dense."""
@@ -128,6 +128,10 @@ class Planner(Bound):
     def operations(self, ctx: PlanContext) -> float:
         """Multiplications and additions that `plan` will spend on this: what the cost guard reckons with."""
         return 0.0
+
+    def fallback(self, ctx: PlanContext) -> AttnPlan | None:
+        """What rows read where `plan` would take more time than it saves; None = all."""
+        return None
 
     def rehearse(self, ctx: PlanContext) -> float:
         """Do what takes most of `plan`'s time, and say how many `operations` that was: the guard takes the time of one.

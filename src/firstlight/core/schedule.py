@@ -102,7 +102,7 @@ class NotAdmitted(Account):
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Somebody asked to stop a request; its rows leave the running unit at the next layer."""
+    """Somebody asked to stop a request; its rows leave the running unit between layers, or end with it."""
 
     rid: str
 

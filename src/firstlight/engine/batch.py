@@ -78,7 +78,12 @@ class Member:
         if self.places is not None:
             one = slice(layer - self.segment.layer[0], layer - self.segment.layer[0] + 1)
             return Places(self.places.slots[one], self.places.ends[one])
-        return self.live.kv.places((layer, layer + 1), self.tok, self.pos) if self.is_plain else None
+        if self.is_plain:
+            return self.live.kv.places((layer, layer + 1), self.tok, self.pos)
+        if self.live.spans is not None or self.segment.tok[0] < self.live.held or not len(self.tok):
+            return None
+        self.live.kv.provide((layer, layer + 1), self.live.kv.beyond(layer, self.tok))
+        return self.live.kv.open(layer, self.tok, self.pos)
 
     @property
     def final(self) -> bool:
@@ -127,8 +132,8 @@ class Batch:
         self.memory = Memory()
         """Lent to the operators of held layers."""
         self._blocks: dict[int, list[Block]] = {}
-        self._slots: list[Tensor] = []
-        """Of layers so far: noted calls point to them."""
+        self._places: dict[int, tuple[Tensor, Iterable[Any]] | None] = {}
+        """By layer, kept: noted calls point to them."""
         self._scratch: dict[str, Tensor] = {}
         for member in self.members:
             member.find_places()
@@ -175,14 +180,13 @@ class Batch:
 
     @property
     def is_plain(self) -> bool:
-        """No part looks at any row, and the tables know where K/V go: all know it now, or layer by layer."""
-        seen = self.observed or any(m.planner is not None for m in self.members)
-        return not seen and (self.is_placed or all(m.is_plain and m.live.kv.windows is not None for m in self.members))
+        """No part looks at any row inside the layers."""
+        return not any((m.is_governed and m.live.acts_inside) or m.planner is not None for m in self.members)
 
     @property
-    def is_placed(self) -> bool:
-        """Whether it is known where K/V go in all layers."""
-        return all(m.places is not None for m in self.members)
+    def is_foreseen(self) -> bool:
+        """No part looks at any row at the layers' ends either, and it is known where K/V go in all of them."""
+        return not self.observed and all(m.places is not None for m in self.members)
 
     def numbers(self, layer: int, members: Sequence[Member]) -> Any:
         """What `AttnCall.numbers` takes, for members that one call serves."""
@@ -190,12 +194,13 @@ class Batch:
 
     def places(self, layer: int) -> tuple[Tensor, Iterable[Any]] | None:
         """Where all rows' K/V go in a layer, i64 [N, Hkv], and each member's `ends`; None = ask tables one by one."""
-        found = [places for m in self.members if (places := m.places_in(layer)) is not None]
-        if len(found) < len(self.members):
-            return None
-        slots = [places.slots[0] for places in found]
-        self._slots.append(slots[0].contiguous() if len(slots) == 1 else torch.cat(slots))
-        return self._slots[-1], [places.ends for places in found]
+        if layer not in self._places:
+            found = [places for m in self.members if (places := m.places_in(layer)) is not None]
+            slots = [places.slots[0] for places in found]
+            whole = len(found) == len(self.members)
+            joined = slots[0].contiguous() if len(slots) == 1 else torch.cat(slots or [self.tok])
+            self._places[layer] = (joined, [places.ends for places in found]) if whole else None
+        return self._places[layer]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         lo, hi = members[0].lo, members[-1].hi

@@ -121,7 +121,7 @@ class Engine:
         return rid in self._lives
 
     def cancel(self, rid: str) -> None:
-        """Stop a request at the next slice; unknown or finished ones are ignored."""
+        """Stop a request: at the next slice if its unit is its own; unknown or finished ones are ignored."""
         if rid in self._lives:
             self._enter(rid)
             self._inbox.append(told.Cancel(rid))

@@ -53,6 +53,7 @@ class Pass(Work):
         self._sourced = any(live.spans for live in self.lives)
         self._fine = True
         """Whether to stop inside layers."""
+        self._probes: Probes | None = None
         self._calls: list[AttnCall] = []
         """Attention of layers that are under way: what noted calls point to."""
 
@@ -152,7 +153,7 @@ class Pass(Work):
         """Logits of the rows asked for, in row blocks."""
         live, model = member.live, self.machine.model
         request = live.request
-        if request.logits_at is None or request.logits_sink is None:
+        if live.cancelled or request.logits_at is None or request.logits_sink is None:
             return
         wanted = member.tok < live.num_prompt
         if request.logits_at != "all":
@@ -170,27 +171,28 @@ class Pass(Work):
             self._load(layer)
         aside = self._before(layer) if self._governed else []
         batch = self._batch or self._gather()
-        if self._holds(batch):
-            held = Held(batch, range(layer, alike), lambda layer: self._compute(layer, batch, ()))
+        if self._holds(layer, batch):
+            held = Held(batch, range(layer, alike), lambda layer: self._compute(layer, batch))
             for stop, seconds in held.stretches(self._fine):
                 self.machine.observe(stop, seconds)
                 if self._fine or stop.level == "layer":
                     yield stop
-            self._end(range(layer, held.end), batch)
+            self._end(range(layer, held.end), aside)
             return held.end
         with batch.recording(layer):
             before = time.perf_counter()
-            for stop in self._compute(layer, batch, aside):
+            for stop in self._compute(layer, batch):
                 self.machine.observe(stop, time.perf_counter() - before)
                 if self._fine:
                     yield stop
                 before = time.perf_counter()
-        self._end(range(layer, layer + 1), batch)
+        self._end(range(layer, layer + 1), aside)
         return layer + 1
 
-    def _holds(self, batch: Batch) -> bool:
+    def _holds(self, layer: int, batch: Batch) -> bool:
         """Whether nothing but kernels touches memory in a layer: no part looks at rows, and all places are known."""
-        return self.machine.holds and self.machine.model.can_hold and batch.is_plain
+        holds = self.machine.holds and self.machine.model.can_hold
+        return holds and batch.is_plain and batch.places(layer) is not None
 
     def _gather(self) -> Batch:
         """The members' rows as a batch, and whether to stop inside its layers; a steady one, if that may be."""
@@ -202,27 +204,39 @@ class Pass(Work):
         self._batch = steady or Batch(members, machine.model)
         return self._batch
 
-    def _end(self, layers: range, batch: Batch) -> None:
-        """These layers' kernels have run."""
+    def _end(self, layers: range, aside: Sequence[tuple[Member, Tensor, Tensor]]) -> None:
+        """These layers' kernels have run: cuts take effect, barriers and retention decide, windows move on."""
         self._calls.clear()
+        assert self._batch is not None
+        batch = self._batch
         for m in batch.members:
-            for layer in layers:
-                m.live.kv.leave_behind(layer, m.segment.tok[1])
+            m.live.kv.leave_behind(layers, m.segment.tok[1])
+        layer = layers[-1]
+        for m in batch.observed:
+            if self._row_cuts.apply(m, layer):
+                self._batch = None
+            if m.live.retention is not None and m.final and not m.decode:
+                self._retain(layer, m, self._probes.obs(m) if self._probes else None)
+        for m, tok, x in aside:
+            m.insert(tok, x)
+            self._batch = None
+        for m in batch.governed:
+            if m.segment.layer[1] > layer + 1 and self._row_cuts.at_barrier(m.live, layer, m):
+                self._batch = None
 
-    def _compute(self, layer: int, batch: Batch, aside: Sequence[tuple[Member, Tensor, Tensor]]) -> Iterator[Stop]:
+    def _compute(self, layer: int, batch: Batch) -> Iterator[Stop]:
         q, k, v = yield from self._qkv(layer, batch)
         for m in batch.governed:
             self._row_cuts.on_kv(m, layer, k[m.lo : m.hi], v[m.lo : m.hi])
         self._write(layer, batch, k, v)
         attended = batch.scratch("attended", q.shape[1:])
-        probes = Probes(layer, batch.observed) if batch.observed else None
+        self._probes = probes = Probes(layer, batch.observed) if batch.observed else None
         yield from self._attend(layer, batch, q, attended, probes)
         for m in batch.governed:
             self._row_cuts.after_attend(m, layer, probes.obs(m) if probes else None)
         yield Stop("sublayer", layer, "attend")
         batch, attended = self._early(layer, batch, attended)
         yield from self._finish(layer, batch, attended)
-        self._after(layer, batch, probes, aside)
         yield Stop("sublayer", layer, "mlp")
 
     def _load(self, layer: int) -> None:
@@ -369,22 +383,6 @@ class Pass(Work):
             batch.memory.begin()
             model.finish(layer, block.x, attended[block.lo : block.hi])
             yield Stop("slice", layer, "mlp", flops * (block.hi - block.lo))
-
-    def _after(
-        self, layer: int, batch: Batch, probes: Probes | None, aside: Sequence[tuple[Member, Tensor, Tensor]]
-    ) -> None:
-        """Cuts take effect, rows that skipped come back, barriers and retention decide, windows move on."""
-        for m in batch.observed:
-            if self._row_cuts.apply(m, layer):
-                self._batch = None
-            if m.live.retention is not None and m.final and not m.decode:
-                self._retain(layer, m, probes.obs(m) if probes else None)
-        for m, tok, x in aside:
-            m.insert(tok, x)
-            self._batch = None
-        for m in batch.governed:
-            if m.segment.layer[1] > layer + 1 and self._row_cuts.at_barrier(m.live, layer, m):
-                self._batch = None
 
     def _retain(self, layer: int, m: Member, obs: Any) -> None:
         live = m.live

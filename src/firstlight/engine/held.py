@@ -21,7 +21,7 @@ _MOST_CALLS = 1024
 class Held:
     """A batch's next layers, noted: as many of `layers` as make the most calls, by those so far.
 
-    It is one where blocks are freed behind it: another one's places aren't known before.
+    It is one where something is decided at its end: rows leave, K/V are dropped, blocks behind a window are freed.
     """
 
     def __init__(self, batch: Batch, layers: range, compute: Callable[[int], Iterator[Stop]]) -> None:
@@ -31,7 +31,7 @@ class Held:
         self._noted: list[tuple[Stop, int]] = []
         """Each stop, and how many calls come before it."""
         with holding(batch.memory) as self._tape:
-            while self.end < layers.stop and (self.end == layers.start or (batch.is_placed and self._fits(layers))):
+            while self.end < layers.stop and (self.end == layers.start or (batch.is_foreseen and self._fits(layers))):
                 if self._noted:
                     self._raise("layer")
                 for stop in compute(self.end):

@@ -61,6 +61,8 @@ class LiveRequest:
         self.retention: Retention | None = next(iter(of("cache")), None)
         self.source: KVSource | None = next(iter(of("reuse")), None)
         self._governs_decode = not all(policy.prompt_only for policy in self.policies)
+        self.acts_inside = any(_acts_inside(part.impl) for part in parts if part.seam == "tokens")
+        """Whether a row policy has a say inside layers, not at their ends alone."""
         self.barriers = tuple(sorted({c for policy in self.policies for c in policy.barriers()}))
 
     def _start(self, num_layers: int) -> None:
@@ -112,3 +114,9 @@ class LiveRequest:
     @property
     def num_generated(self) -> int:
         return len(self.ids) - self.num_prompt
+
+
+def _acts_inside(policy: Any) -> bool:
+    """Whether a row policy has hooks of its own that are called inside a layer."""
+    hooks = ("before_layer", "on_kv", "after_attend")
+    return any(getattr(getattr(policy, hook), "__func__", None) is not getattr(RowPolicy, hook) for hook in hooks)

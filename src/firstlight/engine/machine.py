@@ -16,7 +16,7 @@ from firstlight.models.decoder import Decoder
 _INSIDE_LAYERS: tuple[YieldAt, ...] = ("slice", "op", "sublayer")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Machine:
     """What passes run on: the model, the operators, the park store and the measured speeds."""
 

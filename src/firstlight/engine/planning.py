@@ -36,19 +36,14 @@ class Planning:
             return None
         ctx = self._context(model, layer, m, q)
         operations = planner.operations(ctx) if self.costs else 0.0
-        if self.costs and operations and operations * self.costs.operation >= self.costs.densely(ctx):
-            m.live.unplanned += not m.decode
-            return None
-        plan = planner.plan(ctx)
-        if plan is None:
-            return None
-        if probed is not None:
-            plan = dense_rows(plan, probed)
-        if self.costs and operations and self.costs.of(plan, ctx) >= self.costs.densely(ctx):
-            m.live.unplanned += not m.decode
-            return None
-        m.live.planned += 1
-        return plan
+        dear = self.costs and operations and operations * self.costs.operation >= self.costs.densely(ctx)
+        plan = planner.fallback(ctx) if dear else planner.plan(ctx)
+        if not dear and plan is not None and self.costs and operations:
+            dear = self.costs.of(plan, ctx) >= self.costs.densely(ctx)
+            plan = planner.fallback(ctx) if dear else plan
+        m.live.unplanned += bool(dear) and not m.decode
+        m.live.planned += not dear and plan is not None
+        return plan if plan is None or probed is None else dense_rows(plan, probed)
 
     def _context(self, model: Decoder, layer: int, m: Member, q: Tensor) -> PlanContext:
         live, view = m.live, m.live.kv.view(layer)

@@ -42,7 +42,8 @@ class Steady:
     """The arenas of one machine, by padded row count."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine, self._model = machine, machine.model
+        self._machine: Machine = weakref.proxy(machine)  # no cycle: a model goes when its last user goes
+        self._model = machine.model
         self._arenas: dict[int, Arena] = {}
         self.most = 64 if hasattr(machine.ops, "view_numbers") else 0
         """Rows of a pass that is recorded."""
@@ -173,6 +174,7 @@ class Arena:
 
     def _seat(self, i: int, live: LiveRequest, ordinal: int) -> Seat:
         """Row i reads and writes this request's table, which lies where it lies until it grows."""
+        self._seats[i] = Seat()  # a planner may raise, and then nobody sits here
         kv, layers = live.kv, range(len(self.views))
         one = kv.places((0, len(layers)), *[torch.tensor([ordinal])] * 2)
         assert one is not None, "a steady row is the next one in all layers"
@@ -281,7 +283,7 @@ class SteadyBatch(Batch):
 
     def numbers(self, layer: int, members: Sequence[Member]) -> Any:
         lo, hi = members[0].lo, members[-1].hi
-        return self._arena.views[layer, lo:hi], self._arena.plans[layer, lo] if members[0].planner else None
+        return self._arena.views[layer, lo:hi], self._arena.plans[layer, lo] if members[0].planner else None, None
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
         return self._arena.rows(members[0].lo, members[-1].hi)
@@ -327,7 +329,6 @@ class SteadyPass(Work):
         for i, ((live, t), row) in enumerate(zip(self._rows, arena.logits(len(self._rows)).unbind())):
             live.f = [t + 1] * num_layers
             live.kv.grow((0, num_layers), arena.lengths[:, i])
-            for layer in range(num_layers):
-                live.kv.leave_behind(layer, t + 1)
+            live.kv.leave_behind(range(num_layers), t + 1)
             if t == live.num_known - 1 and not live.cancelled:
                 self.logits[live.rid] = row

@@ -44,6 +44,9 @@ from firstlight.evaluate.trial import (
 LENGTHS = (1, 2, 7, 8, 9, 63, 64, 65, 130, 300)
 """Prompts around what probes, tiles and blocks count in."""
 Check = Callable[[Subject], str | None]
+_HURRY_S = 0.5
+"""Time to first token of a request that others give way to: they have a second."""
+_CHUNKS_MATTER = "a part says that chunks matter to it"
 _HOOKS = (
     "rows0",
     "before_layer",
@@ -79,6 +82,7 @@ def schedule_checks() -> dict[str, Check]:
     """What a schedule owes: `Subject` with its name, and methods that run under it or none."""
     return {
         "answers are those of one pass": _batches,
+        "beside a running stream": _beside_a_stream,
         "prompts of awkward lengths": _lengths,
         "nothing is left behind": _cancelled,
         "the log alone gives the same plans": _replayed,
@@ -99,7 +103,7 @@ def _identity(subject: Subject) -> str | None:
 def _schedules(subject: Subject) -> str | None:
     subject = subject.acting()
     if not all(c.chunk_invariant for c in subject.capabilities()):
-        return "a part says that chunks matter to it"
+        return _CHUNKS_MATTER
     for seed in range(4):
         prompts = some_prompts(seed, random.Random(seed).sample(LENGTHS, 2))
         want = {rid: rows for rid in prompts for rows in [answers(subject.engine(), {rid: prompts[rid]})[rid]]}
@@ -111,7 +115,7 @@ def _batches(subject: Subject) -> str | None:
     subject, alone = subject.acting(), SARATHI
     if not all(c.chunk_invariant for c in subject.capabilities()):
         if subject.schedule.name != SARATHI.name:
-            return "a part says that chunks matter to it"
+            return _CHUNKS_MATTER
         subject, alone = replace(subject, schedule=UNCUT), UNCUT
     prompts = some_prompts(3, (40, 130, 65))
     want: Rows = {}
@@ -119,6 +123,36 @@ def _batches(subject: Subject) -> str | None:
         want |= answers(replace(subject, schedule=alone).engine(), {rid: ids})
     for order in (list(prompts), list(prompts)[::-1]):
         _same(answers(subject.engine(), {rid: prompts[rid] for rid in order}), want, "alone")
+    return None
+
+
+def _beside_a_stream(subject: Subject) -> str | None:
+    """One decodes already when another comes, and while that one's prompt is computed comes a third, in a hurry."""
+    subject = subject.acting()
+    if not all(c.chunk_invariant for c in subject.capabilities()):
+        return _CHUNKS_MATTER
+    prompts, engine = some_prompts(11, (40, 130, 65)), subject.engine()
+    stream, rows = submit(engine, {"r0": prompts["r0"]})
+    while engine.has_work and not rows["r0"]:
+        engine.step()
+    second, more = submit(engine, {"r1": prompts["r1"]})
+    lives, rows = stream + second, rows | more
+
+    def hurry(work: Work, _stop: Any) -> None:
+        if second[0] in work.lives:
+            engine.on_stop, add = None, engine.add
+            engine.add = lambda request: add(replace(request, ttft_slo_s=_HURRY_S))  # type: ignore[method-assign]
+            third, more = submit(engine, {"r2": prompts["r2"]})
+            lives.extend(third)
+            rows.update(more)
+
+    engine.on_stop = hurry
+    drain(engine)
+    for live in lives:
+        if live.fallback:
+            raise Broken(f"a request of {live.num_prompt} tokens fell back to dense: {live.fallback}")
+    for rid, ids in prompts.items():
+        _same({rid: rows[rid]}, answers(replace(subject, schedule=UNCUT).engine(), {rid: ids}), "alone")
     return None
 
 

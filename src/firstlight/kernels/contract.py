@@ -96,8 +96,8 @@ class AttnCall:
     lse: Tensor | None = None
     """f32 [N, Hq], written if given."""
     numbers: Any = None
-    """`kv` and `plan` (None = there is none) as the backend's `view_numbers` and `plan_numbers` write them: it does so
-    once a call, or the caller keeps them up to date."""
+    """`kv`, `plan` and `probe` as the backend's `view_numbers`, `plan_numbers` and its own write them (None = there is
+    none): it does so once a call, or the caller keeps them up to date."""
     stats: AttnStats = field(default_factory=AttnStats)
 
     def num_read(self, i: int) -> int:

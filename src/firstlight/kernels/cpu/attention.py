@@ -29,8 +29,9 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     (q_row, q_head, one), (out_row, out_head, also_one), (_, heads, dim) = q.stride(), out.stride(), q.shape
     assert one == also_one == 1 and dim % 16 == 0
     if call.numbers is None:
-        call.numbers = view_numbers(call.kv), None if call.plan is None else plan_numbers(call.plan)
-    views, plan = call.numbers
+        plan = None if call.plan is None else plan_numbers(call.plan)
+        call.numbers = view_numbers(call.kv), plan, None if call.probe is None else _probe(call.probe)
+    views, plan, probe = call.numbers
     numbers = np.array(
         [
             *(q.data_ptr(), q_row, q_head, out.data_ptr(), out_row, out_head, _address(call.lse)),
@@ -39,7 +40,6 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
         ],
         np.int64,
     )
-    probe = None if call.probe is None else _probe(call.probe)
     how = (torch.get_num_threads(), q.dtype == torch.bfloat16, layout.is_int8)
     listed = 0 if plan is None else plan.ctypes.data
     seen = lib.attend(numbers, listed, probe, views.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, *how)
