@@ -56,7 +56,7 @@ class Spec:
     """Of blocks; `dtype` is the rows'."""
     reqs: tuple[Req, ...] = MIXED
     plan: str = "none"
-    """none, or what the lists hold: full, empty, bands, blocks, columns, mixed."""
+    """none, or what the lists hold: full, empty, bands, blocks, columns, mixed, every block, every column."""
     scope: str = "head"
     """What shares a list: head, group, layer."""
     slots: int = 2
@@ -99,8 +99,8 @@ def specs(batch: st.SearchStrategy[tuple[Req, ...]], **fixed: object) -> st.Sear
         "reqs": batch,
         "plan": st.sampled_from(PLANS),
         "scope": st.sampled_from(["head", "group", "layer"]),
-        "q_tile": st.sampled_from([16, 64, 128]),
-        "blk": st.sampled_from([16, 32, 64, 128]),
+        "q_tile": st.sampled_from([1, 16, 64, 128, 256]),
+        "blk": st.sampled_from([1, 16, 32, 64, 128, 256]),
         "model_window": st.sampled_from([None, None, 1, 50]),
         "cap": st.sampled_from([None, None, None, 0.7]),
         "hidden": st.sampled_from([0, 0, 0.3]),
@@ -269,6 +269,7 @@ def _plan(rng: Generator, spec: Spec, row_tok: list[torch.Tensor], views: list[K
     # A list may name only entries that each of its KV heads has.
     owners = [slice(i * share // spec.group, ((i + 1) * share - 1) // spec.group + 1) for i in range(lists)]
     limit = [min(view.length[owner]) for view in views for _ in range(spec.slots) for owner in owners]
+    blocks, every = [-(-n // spec.blk) for n in limit], spec.plan.startswith("every")
     return AttnPlan(
         q_tile=spec.q_tile,
         blk=spec.blk,
@@ -277,8 +278,8 @@ def _plan(rng: Generator, spec: Spec, row_tok: list[torch.Tensor], views: list[K
         tile_first=torch.tensor(first, dtype=torch.int32),
         tile_map=torch.tensor(np.concatenate(slot), dtype=torch.int32),
         band=torch.tensor([_band(rng, spec.plan) for _ in limit], dtype=torch.int32),
-        **_csr("blk", rng, [-(-n // spec.blk) for n in limit] if spec.plan in ("blocks", "mixed") else None),
-        **_csr("col", rng, limit if spec.plan in ("columns", "mixed") else None),
+        **_csr("blk", rng, blocks if spec.plan in ("blocks", "mixed", "every block") else None, every),
+        **_csr("col", rng, limit if spec.plan in ("columns", "mixed", "every column") else None, every),
     )
 
 
@@ -290,11 +291,11 @@ def _band(rng: Generator, kind: str) -> tuple[int, int]:
     return options[rng.integers(len(options))]
 
 
-def _csr(name: str, rng: Generator, limits: list[int] | None) -> dict[str, torch.Tensor]:
-    """`<name>_ptr` and `<name>_idx` of rows of random subsets, some of them empty."""
+def _csr(name: str, rng: Generator, limits: list[int] | None, every: bool) -> dict[str, torch.Tensor]:
+    """`<name>_ptr` and `<name>_idx` of rows of `every` number, or else of random subsets, some of them empty."""
     if limits is None:
         return {}
-    rows = [np.flatnonzero(rng.random(n) < rng.choice([0, 0.1, 0.5])) for n in limits]
+    rows = [np.flatnonzero(rng.random(n) < (1 if every else rng.choice([0, 0.1, 0.5]))) for n in limits]
     ptr = np.cumsum([0] + [len(r) for r in rows])
     idx = np.concatenate(rows)
     return {f"{name}_ptr": torch.tensor(ptr, dtype=torch.int32), f"{name}_idx": torch.tensor(idx, dtype=torch.int32)}

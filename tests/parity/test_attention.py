@@ -126,6 +126,28 @@ def test_agrees_on_lists(name: str, plan: str, scope: str, blk: int) -> None:
     assert_agrees(run(name, call), judge(call))
 
 
+GRAINS = [(1, 64), (1, 16), (16, 8), (192, 192), (256, 256), (16, 128)]
+"""Tiles of one row and tiles longer than any kernel's, blocks of 8 entries and blocks of several KV blocks."""
+
+
+@each_backend
+@pytest.mark.parametrize(("q_tile", "blk"), GRAINS)
+@pytest.mark.parametrize("plan", ["bands", "blocks", "columns", "mixed"])
+def test_agrees_on_every_grain(name: str, plan: str, q_tile: int, blk: int) -> None:
+    """Of tiles and blocks, also where a tile is cut into slices."""
+    batch = (Req(330, 90), Req(420, 1, decode=True), Req(129, 150, dropped=0.3, gaps=True, ahead=9))
+    call = build(Spec(seed=q_tile + blk, plan=plan, q_tile=q_tile, blk=blk, slots=4, reqs=batch, probe_rows=8))
+    assert_agrees(run(name, call, (50, 201)), judge(call))
+
+
+@each_backend
+@each_blocks
+@pytest.mark.parametrize(("plan", "blk"), [("every block", 16), ("every block", 192), ("every column", 64)])
+def test_lists_of_all_are_dense(name: str, dtype: torch.dtype, int8: bool, plan: str, blk: int) -> None:
+    call = build(Spec(dtype=dtype, int8=int8, plan=plan, blk=blk, q_tile=48, probe_rows=8))
+    assert_agrees(run(name, call), judge(replace(call, plan=None)))
+
+
 @each_backend
 @each_blocks
 @pytest.mark.parametrize("plan", ["none", "bands", "mixed"])

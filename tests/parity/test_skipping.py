@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from answers import F32, assert_agrees, assert_same_bits, each_backend, each_dtype, judge, run, threads
+from answers import (
+    BF16,
+    F32,
+    assert_agrees,
+    assert_same_bits,
+    each_backend,
+    each_blocks,
+    judge,
+    run,
+    threads,
+)
 from cases import LONG, Req, Spec, alone, build, chunk, few, fresh, reqs, slots_of, specs, up_to
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,30 +108,38 @@ def test_reference_is_the_walk_by_hand(spec: Spec, scan: int, plan: str) -> None
 
 @each_backend
 @few(30)
-@given(spec=specs(reqs(), plan="full"), plan=PLANS, scan=st.sampled_from(SCANS), share=st.sampled_from([0.1, 0.5, 0.9]))
+@given(
+    spec=specs(reqs(), plan="full", int8=st.booleans()),
+    plan=PLANS,
+    scan=st.sampled_from(SCANS),
+    share=st.sampled_from([0.1, 0.5, 0.9]),
+)
 def test_agrees_on_anything(name: str, spec: Spec, plan: str, scan: int, share: float) -> None:
     call = skipping(replace(spec, plan=plan), scan, share)
     assert_agrees(run(name, call), judge(call))
 
 
 @each_backend
-@each_dtype
+@pytest.mark.parametrize(("dtype", "int8"), [(F32, False), (BF16, False), (F32, True)])
 @pytest.mark.parametrize("scan", SCANS)
-def test_agrees_on_long_views(name: str, dtype: torch.dtype, scan: int) -> None:
-    call = skipping(Spec(dim=64, dtype=dtype, reqs=LONG, plan="full", scope="group", probe_rows=8), scan, 0.7)
+def test_agrees_on_long_views(name: str, dtype: torch.dtype, int8: bool, scan: int) -> None:
+    """With int8 blocks rows are float32: rounded to bfloat16 they would be near a threshold on either side."""
+    spec = Spec(dim=64, dtype=dtype, int8=int8, reqs=LONG, plan="full", scope="group", probe_rows=8)
+    call = skipping(spec, scan, 0.7)
     got, want = run(name, call), judge(call)
     assert_agrees(got, want)
     assert got.stats.visible < 0.8 * judge(replace(call, plan=None)).stats.visible
 
 
 @each_backend
-@each_dtype
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize(
+    ("dtype", "int8", "scan"), [*((dtype, False, scan) for dtype in (F32, BF16) for scan in SCANS), (BF16, True, 1)]
+)
 @pytest.mark.parametrize("plan", ["full", "mixed"])
-def test_a_rows_bits_are_its_own(name: str, dtype: torch.dtype, scan: int, plan: str) -> None:
+def test_a_rows_bits_are_its_own(name: str, dtype: torch.dtype, int8: bool, scan: int, plan: str) -> None:
     """Whatever slice, chunk, batch and threads it is computed with."""
     batch = (Req(1000, 60), Req(1100, 1, decode=True), Req(600, 20, dropped=0.2, gaps=True, ahead=30))
-    call = skipping(Spec(dtype=dtype, reqs=batch, plan=plan, probe_rows=8), scan, 0.6)
+    call = skipping(Spec(dtype=dtype, int8=int8, reqs=batch, plan=plan, probe_rows=8), scan, 0.6)
     whole = run(name, call)
     assert_same_bits(run(name, call, (7, 40, 61)), whole)
     with threads(2):
@@ -134,10 +152,10 @@ def test_a_rows_bits_are_its_own(name: str, dtype: torch.dtype, scan: int, plan:
 
 
 @each_backend
-@each_dtype
-def test_no_threshold_or_a_far_one_changes_no_bit(name: str, dtype: torch.dtype) -> None:
+@each_blocks
+def test_no_threshold_or_a_far_one_changes_no_bit(name: str, dtype: torch.dtype, int8: bool) -> None:
     for plan, below in (("mixed", -math.inf), ("full", -1e30), ("blocks", -1e30)):
-        call = build(Spec(dtype=dtype, reqs=LONG, plan=plan, probe_rows=8))
+        call = build(Spec(dtype=dtype, int8=int8, reqs=LONG, plan=plan, probe_rows=8))
         assert_same_bits(run(name, with_threshold(call, below, 2 if below == -math.inf else 0)), run(name, call))
 
 

@@ -17,6 +17,19 @@ from firstlight.evaluate.chaos import Chaos
 from tests.tiny import VOCABULARY, tiny_engine
 
 Ordinals = list[list[int]]
+OTHER_SETTINGS = [
+    "minference:exact=on",
+    "flexprefill:slash_cover=both,tau=0.8",
+    "xattention:alternating=on",
+    "trishape:mode=openvino,sink=32,window=32,block=16,tail=0",
+    "compactattention:union=off",
+    "quoka:pool=64,budget=64",
+    "oracle:heads=head",
+    "oracle:k=32,rows=16,block=16,pool=max",
+    "blasst:scan=desc",
+    "blasst:scan=sink-then-desc,decode=off",
+]
+"""Of planners, for prompts of some hundred tokens: what their `trial` settings don't ask for."""
 
 
 @dataclass

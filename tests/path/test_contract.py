@@ -17,8 +17,12 @@ from firstlight.core import registry
 from firstlight.core.errors import UserError
 from firstlight.core.parts import Capability, Cut, Keep, Obs, PartContext, RequestRows, Retention, RowPolicy
 from firstlight.core.registry import Method
+from firstlight.core.schedule import WorkUnit
+from firstlight.engine.engine import Engine, LiveUnit
+from firstlight.engine.work import Stop
 from firstlight.evaluate.contract import checks, run, schedule_checks
-from firstlight.evaluate.trial import Broken, Subject
+from firstlight.evaluate.trial import LAYERS, Broken, Subject, drain, some_prompts, submit
+from tests.path.method_runs import OTHER_SETTINGS
 
 NAMES = registry.names()
 SCHEDULES = registry.names(schedules=True)
@@ -28,16 +32,40 @@ CHECKS, FEW = checks(), ("any schedule gives the same", "nothing is left behind"
 OF_PAIRS = CHECKS if os.environ.get("HYPOTHESIS_PROFILE") == "long" else FEW
 """What a pair is checked for each time; the rest with `make test-all`."""
 
+SMALL: dict[str, dict[str, int]] = {
+    "sarathi": {"token_budget": 64},
+    "layered": {"stage_tokens": 16},
+    "flowprefill": {"decode_every_ms": 1},
+}
+"""Settings under which a schedule cuts and stops prompts of some hundred tokens."""
+
 
 def subject(*names: str, schedule: str = "sarathi") -> Subject:
-    settings = {"token_budget": 64} if schedule == "sarathi" else {}
-    return Subject(tuple(Method(name) for name in names), Method(schedule, **settings))
+    return Subject(tuple(Method(name) for name in names), Method(schedule, **SMALL[schedule]))
+
+
+PLANNERS = [name for name in NAMES if "attention" in registry.classes(name)]
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_keeps_the_contract(name: str, check: str) -> None:
     run(CHECKS[check], subject(name))
+
+
+@pytest.mark.parametrize("check", [*FEW, "alone as in any batch", "prompts of awkward lengths"])
+@pytest.mark.parametrize("text", OTHER_SETTINGS)
+def test_other_settings_keep_the_contract(text: str, check: str) -> None:
+    run(CHECKS[check], Subject((Method.parse(text),)))
+
+
+@pytest.mark.parametrize("text", [*PLANNERS, *OTHER_SETTINGS])
+def test_a_planner_acts_where_it_is_checked(text: str) -> None:
+    """So that no check holds because everything stayed dense."""
+    engine = Subject((Method.parse(text),)).acting().engine()
+    (live,), _ = submit(engine, some_prompts(11, (300,)))
+    drain(engine)
+    assert live.planned > 0 and 0 < live.stats.visible < live.stats.dense
 
 
 @pytest.mark.parametrize("check", OF_PAIRS)
@@ -58,6 +86,27 @@ def test_planners_of_prompts_are_asked_of_prompts_beside_one_of_all_tokens(pair:
 @pytest.mark.parametrize("name", ["dense", *NAMES])
 def test_every_schedule_serves_every_method(name: str, schedule: str, check: str) -> None:
     run(schedule_checks()[check], subject(*([] if name == "dense" else [name]), schedule=schedule))
+
+
+def test_beside_a_stream_prompts_wait_half_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what is checked there is checked of prompts between two groups of layers, and of units that were stopped."""
+    heights, yielded, take, wait = set[int](), list[int](), Engine._submit, Engine._wait
+
+    def submitted(engine: Engine, unit: WorkUnit) -> None:
+        heights.update(end - first for first, end in (s.layer for s in unit.segments if s.kind == "prefill"))
+        take(engine, unit)
+
+    def waits(engine: Engine, live_unit: LiveUnit, stop: Stop) -> None:
+        yielded.append(live_unit.unit.uid)
+        wait(engine, live_unit, stop)
+
+    monkeypatch.setattr(Engine, "_submit", submitted)
+    monkeypatch.setattr(Engine, "_wait", waits)
+    check = schedule_checks()["beside a running stream"]
+    run(check, subject(schedule="flowprefill"))
+    assert yielded and heights == {LAYERS}
+    run(check, subject(schedule="layered"))
+    assert min(heights) < LAYERS
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in ALLOWED], ids="+".join)

@@ -77,9 +77,12 @@ def by_hand(sees: Callable[[int, int], Tensor], ids: list[int]) -> Tensor:
     return Trunk(config, weights).hidden(torch.tensor(ids), attend) @ weights["model.embed_tokens.weight"].T
 
 
-@pytest.mark.parametrize("mode", ["strict", "reference"])
-def test_logits_are_those_of_a_plain_pass_with_the_cards_masks(gates: str, mode: str) -> None:
-    chunk = 197  # the first token before the second chunk that its rows read is the last of a block
+@pytest.mark.parametrize(("mode", "chunk"), [("strict", 197), ("reference", 197), ("reference", 30)])
+def test_logits_are_those_of_a_plain_pass_with_the_cards_masks(gates: str, mode: str, chunk: int) -> None:
+    """At 197 the first token before the second chunk that its rows read is the last of a block.
+
+    At 30 a chunk, and what its rows read before it, lie within the first tokens, or overlap them.
+    """
     live, got = ask(engine(gates, f",mode={mode}", chunk))
     ids = live.ids[:-1]
     row, key = torch.arange(len(ids))[:, None], torch.arange(len(ids))
@@ -91,6 +94,14 @@ def test_logits_are_those_of_a_plain_pass_with_the_cards_masks(gates: str, mode:
     assert (got - want).abs().max() < 2e-3
     dense = by_hand(lambda layer, head: key <= row, ids)
     assert (got - dense).abs().max() > 0.1, "the mask is real"
+
+
+def test_all_heads_may_stream(gates: str) -> None:
+    """Then nobody reads the middle, in any layer."""
+    live, got = ask(engine(gates, ",streaming_ratio=1", 197))
+    row, key = torch.arange(len(got))[:, None], torch.arange(len(got))
+    sees = (key <= row) & ((key < SINK) | (row - key < RECENT))
+    assert (got - by_hand(lambda layer, head: sees, live.ids[:-1])).abs().max() < 2e-3
 
 
 def test_every_chunk_gives_the_same_bits(gates: str) -> None:
@@ -122,16 +133,19 @@ def test_short_prompts_count_no_key_twice(gates: str, length: int) -> None:
     assert (got - want).abs().max() < 2e-3
 
 
-def test_pruned_blocks_change_no_bit(gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pruned, got = ask(engine(gates, chunk=100))
+@pytest.mark.parametrize("sink", [48, 64, 100])
+def test_pruned_blocks_change_no_bit(gates: str, sink: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first tokens fill a block, or end inside the second."""
+    pruned, got = ask(engine(gates, f",sink={sink}", 100))
     whole = build.make_parts
     monkeypatch.setattr(build, "make_parts", lambda *given: [p for p in whole(*given) if p.seam == "attention"])
-    full, want = ask(engine(gates, chunk=100))
+    full, want = ask(engine(gates, f",sink={sink}", 100))
     assert torch.equal(got, want)
     columns = -(-(len(IDS) + 39) // 64)
     block = COLUMN // 4
     assert full.kv_end == 6 * columns * block
-    assert pruned.kv_end == (3 * columns + 3 * (1 + 2)) * block, "of a streaming head the sink and two blocks stay"
+    first = -(-sink // 64)
+    assert pruned.kv_end == (3 * columns + 3 * (first + 2)) * block, "of a streaming head the sink and two blocks stay"
 
 
 def test_memory_is_free_while_the_prompt_runs(gates: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from firstlight.core.registry import Method, make_schedule
 from firstlight.core.request import Request, SamplingParams, TokenOutput
@@ -18,6 +21,7 @@ from firstlight.engine.engine import Engine
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.replay import replay
 from firstlight.engine.report import report
+from firstlight.engine.work import Stop, Work
 from firstlight.reuse.prefix import Hit
 from tests.tiny import VOCABULARY, tiny_engine
 
@@ -152,6 +156,57 @@ class Scripted:
 
     def step(self, now: float, events: Sequence[Event], view: View) -> Plan:
         return self.plans.pop(0) if self.plans else Plan()
+
+
+def interrupted_at(at: int, family: str, holds: bool) -> tuple[int, dict[int, Tensor], list[Tensor]]:
+    """A prompt that gives way at its `at`-th stop (0: never): stops, logits by ordinal, K and V of each layer."""
+    engine = tiny_engine(family, 3, prefix_cache="off")
+    machine = engine.machine
+    machine.holds, machine.linear.per_second, machine.attention.per_second = holds, 1e7, 1e7
+    a, b = (WorkUnit(i, (Segment(rid, "prefill", (0, 150), (0, 3)),), "slice") for i, rid in enumerate("ab"))
+    between = [Plan(yield_=(0,)), Plan(submit=(b,)), Plan(resume=(0,))] if at else []
+    engine.policy = Scripted([Plan(admit=("a", "b")), Plan(submit=(a,)), *between])
+    stops, logits, cells = 0, dict[int, Tensor](), list[Tensor]()
+
+    def at_a_stop(work: Work, stop: Stop) -> None:
+        nonlocal stops
+        if work.unit.uid == 0:
+            stops += 1
+            if stops == at:
+                engine.nudge()
+
+    def first_token(_so_far: Sequence[int], row: Tensor) -> int:
+        cells.extend(kv for layer in range(3) for kv in live.kv.entries(layer))
+        logits[150] = row.clone()
+        return 0
+
+    engine.on_stop = at_a_stop
+    asked = replace(
+        request("a", 150, new=1),
+        logits_at="all",
+        logits_sink=lambda tok, rows: logits.update(zip(tok.tolist(), rows.clone())),
+        choose=first_token,
+    )
+    live = engine.add(asked)
+    engine.add(replace(request("b", 150, new=1), prompt_ids=[i * i % VOCABULARY for i in range(150)]))
+    while engine.is_live("a"):
+        engine.step()
+    assert engine.is_live("b") == (not at), "who runs in between is done before"
+    engine.close()
+    return stops, logits, cells
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("holds", [False, True])
+def test_another_may_run_at_every_stop_of_a_prefill(holds: bool, family: str) -> None:
+    """Wherever it stands, between operators or inside one: not a bit of it changes."""
+    num, logits, cells = interrupted_at(0, family, holds)
+    assert num > 25 and len(logits) == 151 and len(cells) == 6
+    for at in range(1, num + 1):
+        stops, again, there = interrupted_at(at, family, holds)
+        assert stops == num and again.keys() == logits.keys()
+        assert all(torch.equal(again[tok], row) for tok, row in logits.items())
+        assert all(torch.equal(one, other) for one, other in zip(there, cells, strict=True))
 
 
 def yielded_pair() -> Engine:

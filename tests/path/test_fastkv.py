@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from firstlight.engine.engine import Engine
 from firstlight.engine.report import report
 from firstlight.kernels.kv_layout import BLOCK
 from firstlight.models.decoder import Decoder
@@ -110,6 +113,54 @@ def test_any_schedule_keeps_the_same(seed: int) -> None:
 def test_off_is_dense_bit_for_bit(length: int) -> None:
     off = run(method_engine("fastkv:tsp_rate=1,retain_rate=1"), prompt(length, length))
     assert same_bits(off, run(method_engine(), prompt(length, length)))
+
+
+def cells(engine: Engine, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer K and V [Hkv, n, d] of a prompt, before any of them is dropped."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for retention in (part.impl for part in engine.parts if part.seam == "cache"):
+        decide = retention.after_layer
+
+        def noted(layer: int, *given: Any, decide: Any = decide) -> Any:
+            found[layer] = given[-1].entries()
+            return decide(layer, *given)
+
+        retention.after_layer = noted
+    seen = begin(engine, ids, 2)
+    while not seen.kept:
+        engine.step()
+    assert seen.live is not None
+    held = [seen.live.kv.entries(layer) for layer in range(LAYERS)]
+    finish(engine, seen)
+    return [found.get(layer, pair) for layer, pair in enumerate(held)]
+
+
+@pytest.mark.parametrize("retain_rate", [1, 0.1])
+def test_cells_up_to_the_cut_are_dense_ones(retain_rate: float) -> None:
+    """Bit for bit, the layer of the cut itself too; what is dropped afterwards was there until then."""
+    ids = prompt(5, 300)
+    dense = cells(method_engine(), ids)
+    cut = cells(method_engine(f"fastkv:tsp_idx=2,retain_rate={retain_rate}"), ids)
+    assert all(torch.equal(a, b) for layer in range(3) for a, b in zip(cut[layer], dense[layer]))
+    assert [k.shape[1] for k, _ in cut] == [300, 300, 300, 60, 60]
+
+
+@torch.inference_mode()
+def test_rows_that_left_are_as_keys_that_nobody_reads() -> None:
+    """All rows go on above the cut, but those that it dropped are masked: the prompt's end is the same."""
+    ids, row = prompt(5, 300), torch.arange(300)
+    engine = method_engine("fastkv:tsp_idx=2,retain_rate=1")
+    seen, model = run(engine, ids, 1), engine.machine.model
+    alive = torch.isin(row, torch.tensor(seen.kept[0][3][0]))
+    causal, x = row <= row[:, None], model.embed(torch.tensor(ids))
+    for layer in range(LAYERS):
+        sees = causal & (alive | (row == row[:, None])) if layer > 2 else causal
+        q, k, v = model.qkv(layer, x, *model.rope(row))
+        k, v = (kv.repeat_interleave(q.shape[1] // kv.shape[1], 1) for kv in (k, v))
+        scores = torch.einsum("ahd,bhd->hab", q, k) * model.scale
+        mass = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+        model.finish(layer, x, torch.einsum("hab,bhd->ahd", mass, v))
+    assert torch.allclose(seen.logits[299], model.head(x[-1:])[0], atol=2e-4)
 
 
 def test_each_knob_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from firstlight import LLM
+from firstlight.core.config import Options
 from firstlight.core.files import shipped
 from firstlight.core.parts import PromptIds
+from firstlight.engine.build import build_engine
+from firstlight.engine.engine import Engine
 from firstlight.engine.report import report
 from firstlight.evaluate.asking import ask, likeliest
+from firstlight.evaluate.chaos import Chaos
 from firstlight.models.decoder import Decoder
 from tests.path.method_runs import Seen, begin, finish, method_engine, prompt, run, same_bits
-from tests.tiny import tiny_engine
+from tests.tiny import tiny_config, tiny_engine, tiny_weights
 
 LAYERS = 6
 METHOD = "lazyllm:boundaries=1;3,keep=0.6;0.5"
@@ -71,9 +76,12 @@ class Plain:
         keys, values = (
             torch.stack([held[layer][tok] for tok in chosen]).repeat_interleave(group, 1) for held in (self.k, self.v)
         )
-        ahead = torch.tensor(chosen) > torch.tensor(toks)[:, None]
+        behind = torch.tensor(toks)[:, None] - torch.tensor(chosen)
+        hidden = (behind < 0) | (behind >= (self.model.windows[layer] or self.length))
         scores = torch.einsum("ahd,bhd->hab", q, keys) * self.model.scale
-        mass = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+        if (cap := self.model.config.score_cap) is not None:
+            scores = cap * torch.tanh(scores / cap)
+        mass = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         self.model.finish(layer, x, torch.einsum("hab,bhd->ahd", mass, values))
         rows |= {tok: x[i : i + 1] for i, tok in enumerate(toks)}
         return mass[:, -1]
@@ -117,6 +125,43 @@ def test_against_dense_tensors(length: int, seed: int) -> None:
     facts = report(seen.live, engine.parts)
     assert facts["cells"]["computed"] + facts["cells"]["parked"] == facts["cells"]["total"] == length * LAYERS
     assert facts["cells"]["absent"] == 0
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "keep"), [("0", {0: 0.6}), ("1;2", {1: 0.6, 2: 0.5}), ("0;1;4", {0: 0.8, 1: 0.7, 4: 0.5})]
+)
+@pytest.mark.parametrize("length", [150, 65, 5])
+@torch.inference_mode()
+def test_boundaries_at_the_first_layer_and_side_by_side(boundaries: str, keep: dict[int, float], length: int) -> None:
+    shares = ";".join(map(str, keep.values()))
+    engine = method_engine(f"lazyllm:boundaries={boundaries},keep={shares}", layers=LAYERS)
+    seen = run(engine, prompt(length, length), 6)
+    plain_run(seen, engine.machine.model, length, keep)
+    assert length == 5 or any(seen.parked[0][layer + 1] for layer in keep)
+
+
+def hybrid_engine(*methods: str, chaos: int | None = None) -> Engine:
+    """Six layers of gemma3, of which 2 and 5 read all tokens."""
+    config = replace(tiny_config(LAYERS, "gemma3"), local_layers=(0, 1, 3, 4))
+    options = Options(precision="f32", method=methods, deterministic=True, prefix_cache="off", max_num_seqs=8)
+    engine = build_engine(config, tiny_weights(num_layers=LAYERS, family="gemma3"), options, "tiny")
+    if chaos is not None:
+        engine.policy = Chaos(chaos, LAYERS)
+    return engine
+
+
+@pytest.mark.parametrize("length", [200, 64])
+@torch.inference_mode()
+def test_a_cut_between_window_layers(length: int) -> None:
+    """Rows that come back read the window of their own place, whatever was chosen behind it."""
+    method, ids = "lazyllm:boundaries=2,keep=0.4", prompt(length, length)
+    engine = hybrid_engine(method)
+    seen = run(engine, ids, 8)
+    plain_run(seen, engine.machine.model, length, {2: 0.4})
+    assert len(seen.kept[0][2][0]) == length and len(seen.kept[0][3][0]) == -(-2 * length // 5)
+    assert seen.parked[0][3] and len(seen.kept[-1][3][0]) > len(seen.kept[0][3][0]) + 7, "some came back"
+    for seed in range(3):
+        assert same_bits(run(hybrid_engine(method, chaos=seed), ids, 8), seen)
 
 
 @settings(max_examples=6)

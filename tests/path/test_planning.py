@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 from unittest import mock
@@ -23,6 +24,7 @@ from firstlight.engine.planning import Planning
 from firstlight.engine.report import report
 from firstlight.evaluate.trial import MODEL, Subject, answers, asking, drain, some_prompts
 from firstlight.kernels.dispatch import backend
+from tests.tiny import tiny_engine
 
 CHEAP = Costs(dense=1.0, block=1.0, column=2.0, operation=1e-9)
 
@@ -73,6 +75,14 @@ def test_a_plan_that_would_not_pay_is_left_aside(looking: Subject, cost: Costs, 
     if not used:
         assert "would not have paid" in method["why"]
         assert all(torch.equal(a, b) for a, b in zip(rows, dense))
+
+
+def test_layers_with_a_window_are_not_planned(looking: Subject) -> None:
+    """Of three layers the last is global."""
+    engine = tiny_engine("gemma3", 3, method=looking.methods, deterministic=True, prefix_cache="off")
+    live = engine.add(asking("r0", some_prompts(1, (300,))["r0"], []))
+    drain(engine)
+    assert set(Looking.asked) == {2} and live.planned > 0
 
 
 def test_costs_are_predicted_from_lists() -> None:
@@ -142,3 +152,16 @@ def test_rows_that_are_summed_see_everything(monkeypatch: pytest.MonkeyPatch) ->
         answers(subject.engine(), prompts)
     without, within = Summing.seen
     assert torch.equal(without, within) and bool((without > 0).all())
+
+
+@pytest.mark.parametrize("cost", [Costs(1.0, 1.0, 1.0, 1e9), Costs(1.0, 1e9, 1e9, 0.0)], ids=["planning", "reading"])
+def test_streaming_heads_stay_what_they_are_where_another_plan_would_not_pay(cost: Costs) -> None:
+    """Their middle is gone by then, so that dense would read nothing's K/V."""
+    prompts = some_prompts(2, (400,))
+    alone = Subject((Method("duoattention"),)).acting()
+    both = replace(alone, methods=(*alone.methods, *Subject((Method("xattention"),)).acting().methods))
+    engine = both.engine()
+    engine.machine.planning = Planning(engine.machine.planning.digests, cost)
+    engine.on_stop = lambda *_: engine.pool.poison()
+    got, want = answers(engine, prompts)["r0"], answers(alone.engine(), prompts)["r0"]
+    assert all(torch.equal(a, b) for a, b in zip(got, want))

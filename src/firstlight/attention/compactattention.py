@@ -61,7 +61,7 @@ class CompactAttention(Planner):
     prompt_only = True
     Config = CompactConfig
     identity: ClassVar = {"alpha": 0.0}
-    trial: ClassVar = {"alpha": 0.9, "sinks": 0, "window": 1, "recent": 1, "dense": 1, "block": 64, "chunk": 64}
+    trial: ClassVar = {"alpha": 1.0, "sinks": 0, "window": 1, "recent": 0, "dense": 0, "block": 64, "chunk": 64}
     capability = Capability(prefix_stable=False, chunk_invariant=False, chunk=1024, digests=("mean_k",), looks=True)
 
     def __init__(self, config: CompactConfig) -> None:

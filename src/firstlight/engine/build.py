@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
@@ -33,6 +34,8 @@ from firstlight.models.decoder import Decoder, Weight
 from firstlight.models.families import FAMILIES, build_model
 from firstlight.reuse.prefix import PrefixCache
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 """The type that weights come in, and that of activations."""
 
@@ -50,7 +53,9 @@ def build_engine(
     """
     ops = fastest(config.head_dim)
     advise(options.precision)
-    max_len = min(options.max_model_len or config.max_context, config.max_context)
+    if (max_len := options.max_model_len or config.max_context) > config.max_context:
+        log.warning("max_model_len=%d is more than the model's context; it is %d now", max_len, config.max_context)
+        max_len = config.max_context
     parts = make_parts(options.methods, config.facts(digest, machine_name(options), max_len))
     model = _model(config, weights, options, digest, keep or _unkept, ops, max_len)
     layout = Int8Layout if "kv" in int8_parts(options.precision) else KVLayout

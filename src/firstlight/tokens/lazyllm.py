@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -114,7 +115,8 @@ class LazyLLM(RowPolicy):
         score = obs.colsum.sum(0)[torch.searchsorted(obs.tok[0], tok)]
         always = (tok < self.config.always_first) | (tok >= ctx.prompt_len - 1)
         score[always] = math.inf
-        return tok[best(score, max(math.ceil(share * len(tok)), int(always.sum())))]
+        exact = Fraction(str(share)) * len(tok)  # of the decimals that were written: 0.55 * 100 is more than 55
+        return tok[best(score, max(math.ceil(exact), int(always.sum())))]
 
 
 def _usual(model: ModelFacts) -> list[int]:
