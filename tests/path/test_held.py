@@ -53,8 +53,8 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each stretch the number of layers."""
     counts, inner = list[int](), Held.__init__
 
-    def counted(held: Held, batch: object, layers: range, compute: object) -> None:
-        inner(held, batch, layers, compute)  # type: ignore[arg-type]
+    def counted(held: Held, batch: object, layers: range, waits: bool, compute: object) -> None:
+        inner(held, batch, layers, waits, compute)  # type: ignore[arg-type]
         counts.append(held.end - layers.start)
 
     monkeypatch.setattr(Held, "__init__", counted)

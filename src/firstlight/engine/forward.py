@@ -172,7 +172,8 @@ class Pass(Work):
         aside = self._before(layer) if self._governed else []
         batch = self._batch or self._gather()
         if self._holds(layer, batch):
-            held = Held(batch, range(layer, alike), lambda layer: self._compute(layer, batch))
+            waits = self.unit.yield_at != "none"
+            held = Held(batch, range(layer, alike), waits, lambda layer: self._compute(layer, batch))
             for stop, seconds in held.stretches(self._fine):
                 self.machine.observe(stop, seconds)
                 if self._fine or stop.level == "layer":

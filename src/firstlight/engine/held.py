@@ -14,8 +14,8 @@ from firstlight.engine.batch import Batch
 from firstlight.engine.work import Stop
 from firstlight.kernels.tape import holding
 
-_MOST_CALLS = 1024
-"""Noted at a time, but for whole layers: Python takes some us each, and meanwhile nothing can stop."""
+_MOST_CALLS, _FEW_CALLS = 1024, 256
+"""Noted at a time, but for whole layers; few where somebody may wait: Python takes 7 us each, in which nothing stops."""
 
 
 class Held:
@@ -24,8 +24,9 @@ class Held:
     It is one where something is decided at its end: rows leave, K/V are dropped, blocks behind a window are freed.
     """
 
-    def __init__(self, batch: Batch, layers: range, compute: Callable[[int], Iterator[Stop]]) -> None:
-        """`compute`: a layer's calls, with its stops."""
+    def __init__(self, batch: Batch, layers: range, waits: bool, compute: Callable[[int], Iterator[Stop]]) -> None:
+        """`waits`: the unit may be told to wait at any stop; `compute`: a layer's calls, with its stops."""
+        self._most = _FEW_CALLS if waits else _MOST_CALLS
         self.end = layers.start
         """The layer after them."""
         self._noted: list[tuple[Stop, int]] = []
@@ -52,7 +53,7 @@ class Held:
     def _fits(self, layers: range) -> bool:
         """Whether one more, as large as those so far, does."""
         count = self.end - layers.start
-        return len(self._tape) * (count + 1) <= _MOST_CALLS * count
+        return len(self._tape) * (count + 1) <= self._most * count
 
     def _raise(self, level: YieldAt) -> None:
         """The last stop is of this level, too."""
