@@ -15,7 +15,7 @@ from firstlight.engine.work import Stop
 from firstlight.kernels.tape import holding
 
 _MOST_CALLS, _FEW_CALLS = 1024, 256
-"""Noted at a time, but for whole layers; few where somebody may wait: Python takes 7 us each, in which nothing stops."""
+"""Noted at a time, but for whole layers; few where somebody may wait: for 7 us of Python each nothing stops."""
 
 
 class Held:
