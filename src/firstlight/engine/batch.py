@@ -196,10 +196,10 @@ class Batch:
         """Where all rows' K/V go in a layer, i64 [N, Hkv], and each member's `ends`; None = ask tables one by one."""
         if layer not in self._places:
             found = [places for m in self.members if (places := m.places_in(layer)) is not None]
-            slots = [places.slots[0] for places in found]
-            whole = len(found) == len(self.members)
-            joined = slots[0].contiguous() if len(slots) == 1 else torch.cat(slots or [self.tok])
-            self._places[layer] = (joined, [places.ends for places in found]) if whole else None
+            self._places[layer] = None
+            if len(found) == len(self.members):
+                slots = torch.cat([places.slots[0] for places in found])
+                self._places[layer] = slots, [places.ends for places in found]
         return self._places[layer]
 
     def _rows(self, members: Sequence[Member]) -> AttnRows:
