@@ -131,6 +131,10 @@ NB_MODULE(_native, m) {
             perform([=, kernels = active] { kernels->matmul(call, (Weights)weights); });
         },
         unlocked);
+    nb::class_<Bell>(m, "Bell", "calls whoever drives a tape away from it")
+        .def(nb::init<>())
+        .def("after", &Bell::after, nb::arg("seconds"), "it rings by itself after so many seconds")
+        .def("ring", &Bell::ring, "now, from any thread");
     nb::class_<Tape>(m, "Tape", "calls of kernels and of Python's functions, to be made later or again")
         .def(nb::init<>())
         .def_rw("is_whole", &Tape::is_whole, "whether running it does all that was done in the recording")
@@ -147,7 +151,7 @@ NB_MODULE(_native, m) {
         }, nb::arg("other"), "what another tape does, afterwards")
         .def("__len__", [](const Tape& tape) { return tape.calls.size(); })
         .def("run", &Tape::run, unlocked, nb::arg("begin") = 0, nb::arg("end") = SIZE_MAX, "make calls [begin, end)")
-        .def("timed", &Tape::timed, unlocked, nb::arg("begin"), nb::arg("ends"), "make calls from `begin` up to each of these ends; the seconds of each stretch");
+        .def("timed", &Tape::timed, unlocked, nb::arg("begin"), nb::arg("ends"), nb::arg("bell"), "make calls from `begin` up to each of these ends, till the bell rings; the seconds of each stretch");
     m.def("record", [](Tape* tape) { return std::exchange(recorder, tape) != nullptr; }, nb::arg("tape").none(),
           "from now on this tape notes the thread's calls of kernels; None: nobody does");
 }

@@ -1,6 +1,7 @@
 // Calls in their order, to be made later or again: what a layer of a prefill and the replay of a decode pass consist of.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <functional>
@@ -8,6 +9,18 @@
 #include <vector>
 
 namespace firstlight {
+
+using Clock = std::chrono::steady_clock;
+
+// Calls whoever drives a tape away from it: by itself at some time, or when any thread rings it before.
+struct Bell {
+    std::atomic<Clock::duration> until{};
+
+    void after(double seconds) {
+        until = Clock::now().time_since_epoch() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    }
+    void ring() { until = Clock::duration{}; }
+};
 
 struct Tape {
     std::vector<std::function<void()>> calls;
@@ -18,14 +31,16 @@ struct Tape {
         for (size_t i = begin; i < end && i < calls.size(); ++i) calls[i]();
     }
 
-    // The same up to each of these ends: the seconds that each stretch took.
-    std::vector<double> timed(size_t begin, const std::vector<size_t>& ends) const {
+    // The same up to each of these ends, till the bell rings: the seconds that each stretch took. One at least.
+    std::vector<double> timed(size_t begin, const std::vector<size_t>& ends, const Bell& bell) const {
         std::vector<double> seconds;
+        auto before = Clock::now();
         for (const size_t end : ends) {
-            const auto before = std::chrono::steady_clock::now();
             run(begin, end);
-            seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count());
-            begin = end;
+            const auto now = Clock::now();
+            seconds.push_back(std::chrono::duration<double>(now - before).count());
+            if (now.time_since_epoch() >= bell.until.load()) break;
+            begin = end, before = now;
         }
         return seconds;
     }

@@ -35,6 +35,9 @@ from firstlight.models.weights.values import CompactWeights, Weights
 from firstlight.prompt.encoder import Encoder, Messages, Names, Prompt, Tools
 from firstlight.prompt.tokenizer import Tokenizer
 
+_PROGRESS_S = 0.05
+"""Progress is told so often: a pass that nobody wants to stop goes on for so long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -80,7 +83,7 @@ class LLM:
             progress=lambda share: self._progress(Progress("load", share, 1.0)),
         )
         self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest, keep)
-        self.engine.on_stop = self._on_stop
+        self.engine.on_stop, self.engine.patience_s = self._on_stop, _PROGRESS_S
         self.answers = Answers(self.engine, self.tokenizer, self.model_name, asdict(self.options))
         self.encoder = Encoder(self.tokenizer, self.model_name, marks=self.answers.editing.is_on)
         self._model = Model(self.model_name, self.engine, self.encoder, self.answers)
@@ -177,12 +180,10 @@ class LLM:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _on_stop(self, work: Work, stop: Stop) -> None:
-        if stop.level != "layer":  # nothing new until then
-            return
         layers = self.config.num_layers
         for live, segment in zip(work.lives, work.unit.segments):
             if segment.kind == "prefill":
-                (t0, t1), done = segment.tok, (stop.layer + 1) / layers
+                (t0, t1), done = segment.tok, (stop.layer + (stop.level == "layer")) / layers
                 self._progress(Progress("prefill", t0 + (t1 - t0) * done, live.num_prompt, live.rid))
 
 

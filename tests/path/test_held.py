@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +14,7 @@ from firstlight.core.request import Request, SamplingParams
 from firstlight.engine.held import Held
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.native import lib
+from firstlight.kernels.tape import Bell, Tape
 from tests.tiny import VOCABULARY, tiny_engine
 
 if lib is None:
@@ -19,11 +24,13 @@ LAYERS = 4
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3"]
 
 
-def run(family: str, holds: bool, slow: bool, cancel_at: int = -1) -> tuple[dict[str, list[Tensor]], list[int]]:
+def run(
+    family: str, holds: bool, slow: bool, cancel_at: int = -1, patience_s: float = 0.0
+) -> tuple[dict[str, list[Tensor]], list[int]]:
     """Logits of three requests, and the layers at whose ends passes stopped. `slow`: passes stop inside layers."""
     engine = tiny_engine(family, LAYERS, schedule="sarathi:token_budget=96")
     machine, seen, stops = engine.machine, dict[str, list[Tensor]](), list[int]()
-    machine.holds, machine.steady.most = holds, 0
+    machine.holds, machine.steady.most, engine.patience_s = holds, 0, patience_s
     if slow:
         machine.linear.per_second = machine.attention.per_second = 1e7
 
@@ -79,3 +86,53 @@ def test_a_cancel_between_noted_layers(cancel_at: int) -> None:
     got, _ = run("llama", True, False, cancel_at)
     assert all(torch.equal(torch.stack(got[r]), torch.stack(want[r])) for r in "02")
     assert len(got.get("1", [])) < len(want["1"])
+
+
+def test_calls_go_on_till_the_bell_rings() -> None:
+    """It rings by itself, or in a call; stretches that nobody waits for are made in one go."""
+    bell, tape, made = Bell(), Tape(), list[int]()
+    for i in range(6):
+        tape.note(made.append, (i,))
+        if i == 3:
+            tape.note(bell.ring, ())
+    ends = [1, 2, 3, 5, 6, 7]
+    bell.after(60.0)
+    assert len(tape.timed(0, ends, bell)) == 4 and made == [0, 1, 2, 3]
+    bell.after(60.0)
+    assert len(tape.timed(5, ends[4:], bell)) == 2 and made == [0, 1, 2, 3, 4, 5]
+    for seconds in (0.0, -1.0):
+        bell.after(seconds)
+        assert len(tape.timed(0, ends, bell)) == 1
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_patience(slow: bool, noted: list[int]) -> None:
+    """A pass that nobody wants makes one stop for all that was noted, and gives the same bits."""
+    want, stops = run("llama", True, slow)
+    got, fewer = run("llama", True, slow, patience_s=60.0)
+    assert all(torch.equal(torch.stack(got[r]), torch.stack(want[r])) for r in want)
+    assert len(fewer) < len(stops) / 2
+
+
+@pytest.mark.parametrize("layer", range(LAYERS - 1))
+def test_news_end_patience(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel that comes while a layer is computed is heard before the next one."""
+    engine, begun = tiny_engine("llama", LAYERS), list[int]()
+    engine.patience_s = 60.0
+    inner = Held.__init__
+
+    def cancelling(held: Held, batch: Any, layers: range, waits: bool, compute: Any) -> None:
+        def with_news(number: int) -> Iterator[Stop]:
+            held._tape.note(begun.append, (number,))
+            first = next(stops := compute(number))
+            if number == layer:
+                held._tape.note(engine.cancel, ("0",))
+            yield from itertools.chain([first], stops)
+
+        inner(held, batch, layers, waits, with_news)
+
+    monkeypatch.setattr(Held, "__init__", cancelling)
+    engine.add(Request("0", list(range(1, 100)), SamplingParams(max_tokens=3, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    assert begun == list(range(layer + 1)) and engine.pool.used == 0

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -74,7 +75,9 @@ class Engine:
         self.parts, self.cache, self.log = list(parts), cache, log
         self.view = View.start(config)
         self.on_stop: Callable[[Work, Stop], None] | None = None
-        """Called at every stop of a pass: progress."""
+        """Called at every stop that a pass makes: progress."""
+        self.patience_s = 0.0
+        """How long a pass may go on without a stop if nobody comes and no alarm goes off; at 0 it makes all of them."""
         self.num_fallbacks = 0
         """Requests that went on dense because a method raised."""
         self.overhead_s = 0.0
@@ -124,11 +127,11 @@ class Engine:
         """Stop a request: at the next slice if its unit is its own; unknown or finished ones are ignored."""
         if rid in self._lives:
             self._enter(rid)
-            self._inbox.append(told.Cancel(rid))
+            self._hear(told.Cancel(rid))
 
     def nudge(self) -> None:
         """Have the policy decide at the next stop, though nothing happened."""
-        self._inbox.append(told.Timer())
+        self._hear(told.Timer())
 
     def load(self, held: Ids, num_tokens: int, fill: Callable[[Ids], None]) -> Known:
         """A document's cells from elsewhere, as `Admission.load` says; by the thread of `step`, between steps."""
@@ -220,7 +223,20 @@ class Engine:
     def _enter(self, rid: str) -> None:
         """A request arrives, if it hasn't yet. From any thread."""
         if (arrival := self._held.pop(rid, None)) is not None:
-            self._inbox.append(arrival)
+            self._hear(arrival)
+
+    def _hear(self, event: Event) -> None:
+        """News, from any thread: the pass that runs stops for it."""
+        self._inbox.append(event)
+        self.machine.bell.ring()
+
+    def _look(self) -> bool:
+        """Whether there is something to decide; from here on news ring, and the pass goes on as long as it may."""
+        now = self._now()
+        alarm = inf if self._wake_at is None else self._wake_at - now
+        hurried = self._running is not None and self._running.stop_wanted
+        self.machine.bell.after(0.0 if hurried else min(alarm, self.patience_s))
+        return bool(self._inbox) or alarm <= 0
 
     def _enter_after(self, leader: str) -> None:
         """Whoever waited for a prompt arrives."""
@@ -336,8 +352,9 @@ class Engine:
         for stop in live_unit.stops:
             if self.on_stop is not None:
                 self.on_stop(live_unit.work, stop)
-            if self._inbox or (self._wake_at is not None and self._now() >= self._wake_at):
+            if self._look():
                 self._decide(self._drain())
+                self._look()
                 if live_unit.work.is_abandoned:
                     live_unit.stops.close()
                     return None

@@ -83,6 +83,7 @@ class Pass(Work):
         while layer < max(end):
             if layer in begin or any(live.cancelled for live in self.lives):
                 self._join(layer)
+                yield Stop("slice", layer, "join")
             first, layer = layer, layer + 1
             if self._members:
                 alike = min(other for other in begin | end if other > first)
@@ -174,10 +175,10 @@ class Pass(Work):
         if self._holds(layer, batch):
             waits = self.unit.yield_at != "none"
             held = Held(batch, range(layer, alike), waits, lambda layer: self._compute(layer, batch))
-            for stop, seconds in held.stretches(self._fine):
-                self.machine.observe(stop, seconds)
-                if self._fine or stop.level == "layer":
-                    yield stop
+            for passed in held.stretches(self.machine.bell):
+                for stop, seconds in passed:
+                    self.machine.observe(stop, seconds)
+                yield stop
             self._end(range(layer, held.end), aside)
             return held.end
         with batch.recording(layer):

@@ -1,18 +1,18 @@
 """Layers whose calls of kernels are all noted before the first one is made (kernels/tape.py, decision 0020).
 
 Where nothing but kernels touches memory, Python decides several layers of a pass while its own code is in the caches.
-The calls are then made stretch by stretch, with the stops of a pass that makes them one by one.
+The calls are then made stretch by stretch, with the stops of a pass that makes them one by one: as many in a row as go
+by before somebody wants to look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby
 
 from firstlight.core.schedule import YieldAt
 from firstlight.engine.batch import Batch
 from firstlight.engine.work import Stop
-from firstlight.kernels.tape import holding
+from firstlight.kernels.tape import Bell, holding
 
 _MOST_CALLS, _FEW_CALLS = 1024, 256
 """Noted at a time, but for whole layers; few where somebody may wait: for 7 us of Python each nothing stops."""
@@ -42,13 +42,16 @@ class Held:
                         self._raise(stop.level)
                 self.end += 1
 
-    def stretches(self, fine: bool) -> Iterator[tuple[Stop, float]]:
-        """Make the calls: each stop, and the seconds before it. A whole layer's at once unless `fine`."""
-        begin = 0
-        for _, stretch in groupby(self._noted, key=lambda noted: noted if fine else noted[0].layer):
-            stops, ends = zip(*stretch)
-            yield from zip(stops, self._tape.timed(begin, ends))
-            begin = ends[-1]
+    def stretches(self, bell: Bell) -> Iterator[list[tuple[Stop, float]]]:
+        """Make the calls till the bell rings, again and again: each stop, and the seconds before it."""
+        stops, ends = zip(*self._noted)
+        begin = done = 0
+        while done < len(ends):
+            seconds = self._tape.timed(begin, ends[done:], bell)
+            passed = list(zip(stops[done:], seconds))
+            done += len(seconds)
+            begin = ends[done - 1]
+            yield passed
 
     def _fits(self, layers: range) -> bool:
         """Whether one more, as large as those so far, does."""

@@ -11,6 +11,7 @@ from firstlight.engine.planning import Planning
 from firstlight.engine.rates import SLICE_S, Rate
 from firstlight.engine.steady import Steady
 from firstlight.engine.work import Stop
+from firstlight.kernels.tape import Bell
 from firstlight.models.decoder import Decoder
 
 _INSIDE_LAYERS: tuple[YieldAt, ...] = ("slice", "op", "sublayer")
@@ -28,6 +29,8 @@ class Machine:
     attention: Rate = field(default_factory=Rate)
     holds: bool = True
     """Whether a layer's calls may be noted first and made afterwards; not while somebody watches them."""
+    bell: Bell = field(default_factory=Bell)
+    """Rings when a pass should stop."""
     steady: Steady = field(init=False)
 
     def __post_init__(self) -> None:

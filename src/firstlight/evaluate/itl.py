@@ -113,7 +113,7 @@ class Stage:
     tokens: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.llm.engine.on_stop = lambda work, stop: self._enter()
+        self.llm.engine.on_stop, self.llm.engine.patience_s = lambda work, stop: self._enter(), 0.0
 
     def ask(self, name: str, tokens: int, num_new: int, at: float = 0.0, **about: Any) -> str:
         """A request of so many tokens of text that comes at a moment; its name from now on."""

@@ -46,12 +46,21 @@ if TYPE_CHECKING or lib is None:
         def run(self, begin: int = 0, end: int = ...) -> None:
             """Make calls [begin, end), all by default, without Python's lock."""
 
-        def timed(self, begin: int, ends: Sequence[int]) -> list[float]:
-            """Make calls from `begin` up to each of these ends: the seconds that each stretch took."""
+        def timed(self, begin: int, ends: Sequence[int], bell: Bell) -> list[float]:
+            """Make calls from `begin` up to each of these ends, till the bell rings: each stretch's seconds."""
             return []
 
+    class Bell:
+        """Calls whoever drives a tape away from it."""
+
+        def after(self, seconds: float) -> None:
+            """It rings by itself after so many seconds."""
+
+        def ring(self) -> None:
+            """Now, from any thread."""
+
 else:
-    Tape = lib.Tape
+    Tape, Bell = lib.Tape, lib.Bell
 
 
 @contextlib.contextmanager
