@@ -70,6 +70,8 @@ class TileSums {
             for (int j = 0; j < N; ++j) f(i, j, sums[(i / ROWS * N + j) * ROWS + i % ROWS]);
     }
 
+    static constexpr bool HAS_GAPS = false;
+
     // As Sums does it; nothing happens beside it.
     template <class Beside>
     void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups, Beside) {

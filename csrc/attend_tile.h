@@ -20,11 +20,11 @@ class TileWork {
     TileWork(const AttnArgs& call, const Tile& tile, Scratch<E>& s)
         : call_(call), tile_(tile), seen_(call, tile, s.walk), s_(s), dim_((int)call.head_dim), rows_(tile.rows()),
           in_place_(seen_.num_blocks()), words_(E::words(dim_)),
-          log2_scale_(call.scale * LOG2E) {
+          log2_unit_(E::unit(call.scale) * LOG2E) {
         s.reserve(rows_, dim_);
         for (int i = 0; i < rows_; ++i) {
             const int row = tile.lo + i / tile.group, head = tile.head + i % tile.group;
-            E::take((const scalar*)call.q + row * call.q_row + head * call.q_head, dim_, &s.q[(size_t)i * dim_], s.q_rows, i);
+            E::take((const scalar*)call.q + row * call.q_row + head * call.q_head, dim_, call.scale * LOG2E, &s.q[(size_t)i * dim_], s.q_rows, i);
         }
     }
     // Blocks that lie in the view come in splits of their own, before those that were gathered.
@@ -107,7 +107,7 @@ class TileWork {
     void in_scan_order(Take take) {
         std::fill_n(s_.best.begin(), rows_, -INFINITY);
         for (int i = 0; i < rows_; ++i)
-            s_.below[i] = call_.plan->skip_log[tile_.b * call_.num_heads + tile_.head + i % tile_.group] / call_.scale;
+            s_.below[i] = call_.plan->skip_log[tile_.b * call_.num_heads + tile_.head + i % tile_.group] / E::unit(call_.scale);
         const int splits = splits_in_place(), scan = (int)call_.plan->scan;
         const int alone = scan == 2 && in_place_ > 0 && seen_.nth(0) == 0;  // the sink's block, before all others
         if (alone) take(0, 1, false);
@@ -166,7 +166,7 @@ class TileWork {
     int splits_in_place() const { return splits_of(in_place_); }
     void add(const float* score, float lse, float* sums, int block, int64_t length) {
         float mass[BLOCK];
-        for (int e = 0; e < BLOCK; e += W) store(mass + e, exp2<5>(fma(load(score + e), all(log2_scale_), all(-lse))));
+        for (int e = 0; e < BLOCK; e += W) store(mass + e, exp2<5>(fma(load(score + e), all(log2_unit_), all(-lse))));
         const int64_t base = (int64_t)block * BLOCK, n = std::min<int64_t>(BLOCK, length - base);
         for (int64_t e = 0; e < n; ++e) sums[base + e] += mass[e];
     }
@@ -177,7 +177,7 @@ class TileWork {
     Scratch<E>& s_;
     const int dim_, rows_, in_place_;
     const ptrdiff_t words_;
-    const float log2_scale_;
+    const float log2_unit_;  // of a score
     std::vector<float> tops_;
     int64_t visible_ = 0;
 };

@@ -16,6 +16,7 @@ namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
 constexpr int SPLIT = SPLIT_BLOCKS * BLOCK;
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr int TOPS = SPLIT_BLOCKS < W ? W : SPLIT_BLOCKS;  // of a row's blocks in a split, in whole vectors
 
 // Where a product's sums go, those of a tile that begins at (row, column), and what they start from.
@@ -44,9 +45,11 @@ struct Added {
     }
     template <class Sums>
     void put(Sums& sums, int row, int column) const {
-        sums.each([&](int i, int j, vi sum) {
-            float* at = to + (row + i) * stride + column + j * W;
-            store(at, fma(__builtin_convertvector(sum, vf), all(worth[(row + i) * TOPS]), FIRST ? vf{} : load(at)));
+        float* const first = to + row * stride + column;
+        const float* const share = worth + row * TOPS;
+        sums.each([=, step = stride](int i, int j, vi sum) {  // copies: a store might change what lies behind `this`
+            float* at = first + i * step + j * W;
+            store(at, fma(__builtin_convertvector(sum, vf), all(share[i * TOPS]), FIRST ? vf{} : load(at)));
         });
     }
 };
@@ -73,16 +76,19 @@ struct Plain {
     struct Shares {
         void set(int, const uint32_t*, ptrdiff_t) {}
     };
-    static void take(const typename T::scalar* q, int dim, typename T::scalar* to, Rows&, int) {
+    static void take(const typename T::scalar* q, int dim, float, typename T::scalar* to, Rows&, int) {
         std::memcpy(to, q, dim * sizeof *q);
     }
-    static Scores scores(const uint32_t*, ptrdiff_t, const Rows&, int) { return {}; }
+    static Scores scores(const uint32_t*, ptrdiff_t, const Rows&, int, const Shares&, int) { return {}; }
 
-    // A row's scores to weights, against `top`: what its highest level makes it, in powers of two.
-    static vf level(vf score, vf, const Shares&, int) { return score; }
+    // What a strip keeps of a score is its level: here the score itself, of which one is worth `unit`.
+    static float unit(float scale) { return scale; }
+    static vf score(vf level, const Shares&, int) { return level; }
+    static vf level(vf score, const Shares&, int) { return score; }
+    // A row's levels to weights, against `top`: what its highest level makes it, in powers of two.
     static float top(float highest, float scale) { return highest * scale; }
-    static vf weight(vf score, vf scale, vf shift, const Shares&, int, vf& mass) {
-        const vf p = exp2<T::TERMS>(fma(score, scale, shift));
+    static vf weight(vf level, vf scale, vf shift, const Shares&, int, vf& mass) {
+        const vf p = exp2<T::TERMS>(fma(level, scale, shift));
         mass += p;
         return p;
     }
@@ -101,18 +107,18 @@ struct Eighths {
 
     struct Rows {
         std::vector<int32_t> start;  // takes the 128 out of K's bytes
-        std::vector<float> step;     // what one of q's steps is worth
+        std::vector<float> step;     // what one of q's steps is worth, in powers of two
         void resize(size_t n) { start.resize(n), step.resize(n); }
     };
     struct Scores {
-        const float* scale;
+        const float *scale, *log;
         const int32_t* start;
         const float* step;
         template <class Sums>
         void begin(Sums& sums, int row) const {
             sums.begin([&](int i, int) { return start[row + i] - vi{}; });
         }
-        vf of(vi sum, int row, int column) const { return __builtin_convertvector(sum, vf) * load(scale + column) * all(step[row]); }
+        vf of(vi sum, int row, int column) const { return fma(__builtin_convertvector(sum, vf) * load(scale + column), all(step[row]), load(log + column)); }
     };
     // Of each entry of a split the logarithm of V's scale, to base 2, and the scale's reciprocal.
     struct Shares {
@@ -125,20 +131,26 @@ struct Eighths {
             }
         }
     };
-    static void take(const typename T::scalar* q, int dim, int8_t* to, Rows& rows, int row) {
+    static void take(const typename T::scalar* q, int dim, float scale, int8_t* to, Rows& rows, int row) {
         float* x = row_buffer(dim);
         for (int d = 0; d < dim; d += W) store(x + d, T::widen(q + d));
-        rows.step[row] = quantise(x, dim, (uint8_t*)to);
+        rows.step[row] = quantise(x, dim, (uint8_t*)to) * scale;
         int32_t sum = 0;
         for (int d = 0; d < dim; ++d) sum += to[d] = (int8_t)((uint8_t)to[d] ^ 128);
         rows.start[row] = -128 * sum;
     }
-    static Scores scores(const uint32_t* k, ptrdiff_t dim, const Rows& rows, int row) { return {scales(k, dim), &rows.start[row], &rows.step[row]}; }
+    static Scores scores(const uint32_t* k, ptrdiff_t dim, const Rows& rows, int row, const Shares& shares, int at) {
+        return {scales(k, dim), shares.log + at, &rows.start[row], &rows.step[row]};
+    }
 
-    static vf level(vf score, vf scale, const Shares& shares, int at) { return fma(score, scale, load(shares.log + at)); }
+    // A level is a score in powers of two, with V's scale in it.
+    static float unit(float) { return LN2; }
+    static vf score(vf level, const Shares& shares, int at) { return level - load(shares.log + at); }
+    static vf level(vf score, const Shares& shares, int at) { return score + load(shares.log + at); }
     static float top(float highest, float) { return highest - LOG2_MOST; }
-    static vf weight(vf score, vf scale, vf shift, const Shares& shares, int at, vf& mass) {
-        const vf p = exp2<3>(fma(score, scale, shift + load(shares.log + at)));
+    static vf shift(vf tops) { return all(LOG2_MOST) - tops; }
+    static vf weight(vf level, vf, vf shift, const Shares& shares, int at, vf& mass) {
+        const vf p = exp2<3>(level + shift);
         mass = fma(p, load(shares.one_in + at), mass);
         return p;
     }

@@ -115,10 +115,9 @@ class Linear {
                     else begin(s, p);
                     const auto* x = (const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR;
                     const char* ahead = (const char*)(w + (g + n) * LDB) + (r - p.r0) / MOST * n * step;
-                    const auto fetch = [=]() mutable {  // what the next rows read, into the cache
+                    const auto fetch = [=](int64_t group) {  // what the next rows read, into the cache
 #pragma GCC unroll 4
-                        for (int l = 0; l < 4; ++l) __builtin_prefetch(ahead + l * 64, 0, 2);
-                        ahead += step;
+                        for (int l = 0; l < 4; ++l) __builtin_prefetch(ahead + group * step + l * 64, 0, 2);
                     };
                     if constexpr (FETCH) s.add(x, call_.x_row, b, ldb, n, fetch);
                     else s.add(x, call_.x_row, b, ldb, n);

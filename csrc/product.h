@@ -15,13 +15,24 @@ constexpr int WIDTH = BY_TILES<T> ? 2 : NV;
 template <class T, int N>
 constexpr int HEIGHT = !BY_TILES<T> ? MR : N > 2 ? tmm::TILE_ROWS : 2 * tmm::TILE_ROWS;
 
+// A tile of bytes, whose products are short, as a function with all that it calls inside. What the compiler leaves outside
+// has it put sums into memory and take them out again.
+template <class T, int R, int N, class Body>
+[[gnu::noinline, gnu::flatten]] void one_tile(const Body& body) {
+    Sums<T, R, N> sums;
+    body(sums);
+}
+
 // body(sums of `rows` rows, up to HEIGHT, by N vectors)
 template <class T, int N, class Body>
 inline void with_sums(int rows, Body body) {
     if constexpr (!BY_TILES<T>) {
         with_rows(rows, [&](auto R) {
-            Sums<T, R, N> sums;
-            body(sums);
+            if constexpr (T::PAIR == 4) one_tile<T, R, N>(body);
+            else {
+                Sums<T, R, N> sums;
+                body(sums);
+            }
         });
     } else if (HEIGHT<T, N> == tmm::TILE_ROWS || rows <= tmm::TILE_ROWS) {
         TileSums<T, 1, N> sums(rows);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "product.h"
 #include "scratch.h"
@@ -15,7 +16,6 @@ namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
 constexpr float LOWEST = -1e30f;  // stands for -inf where a difference is taken
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 
 // Blocks of a split that any row of a tile sees. `every`: all rows see all of it, and it has no masks.
 struct Found {
@@ -24,13 +24,10 @@ struct Found {
     bool every[SPLIT_BLOCKS];
 };
 
-// Where scores of a block go: `to`, and the highest of each row's levels by lanes, `high`.
+// Where levels of a block go: `to`, and the highest of each row by lanes, `high`.
 template <class E>
 struct Scored {
     typename E::Scores scores;
-    const typename E::Shares& shares;
-    int share;  // the block's first
-    vf scale;
     float *to, *high;
     template <class Sums>
     void begin(Sums& sums, int row) const {
@@ -38,15 +35,15 @@ struct Scored {
     }
     template <class Sums>
     void put(Sums& sums, int row, int column) const {
+        const Scored own = *this;  // a store might change what lies behind `this`
         vf top[Sums::MOST];
-        for (int i = 0; i < Sums::MOST; ++i) top[i] = column ? load(high + i * W) : all(LOWEST);
-        sums.each([&](int i, int j, auto sum) {
-            const int at = column + j * W;
-            const vf score = scores.of(sum, row + i, at);
-            top[i] = max(top[i], E::level(score, scale, shares, share + at));
-            store(to + (row + i) * SPLIT + at, score);
+        for (int i = 0; i < Sums::MOST; ++i) top[i] = column ? load(own.high + i * W) : all(LOWEST);
+        sums.each([&, row, column](int i, int j, auto sum) {
+            const vf level = own.scores.of(sum, row + i, column + j * W);
+            top[i] = max(top[i], level);
+            store(own.to + (row + i) * SPLIT + column + j * W, level);
         });
-        for (int i = 0; i < Sums::MOST; ++i) store(high + i * W, top[i]);
+        for (int i = 0; i < Sums::MOST; ++i) store(own.high + i * W, top[i]);
     }
 };
 
@@ -68,9 +65,11 @@ class Strip {
     int count() const { return count_; }
     int rows() const { return rows_; }
     int64_t visible() const { return visible_; }
-    // A row's scores for the n-th block that the strip sees, [BLOCK]; the block's number.
+    // A row's scores for the n-th block that the strip sees, [BLOCK], instead of its levels; the block's number.
     const float* scores(int row, int n) {
-        std::fill(at(row, n) + parts_[n].width, at(row, n) + BLOCK, -INFINITY);
+        const int width = parts_[n].width;
+        for (int e = 0; e < width; e += W) store(at(row, n) + e, E::score(load(at(row, n) + e), s_.shares, parts_[n].found * BLOCK + e));
+        std::fill(at(row, n) + width, at(row, n) + BLOCK, -INFINITY);
         return at(row, n);
     }
     int number(int n) const { return found_.number[parts_[n].found]; }
@@ -95,18 +94,18 @@ class Strip {
         for (int i = 0; i < rows_; ++i) top[i] = level<SKIPS>(i);
         Weights<SKIPS> weights(*this);
         weights.begin(0);
-        weights.rest();
+        weights.from(0);
         // Inlined by force, here and below: a call would put the sums into memory.
         const auto add = [&](auto& sums, int n, int row, int column) __attribute__((always_inline)) {
             const auto* weight = (const typename Weight::scalar*)&s_.score[row * SPLIT] + n * BLOCK;
             const auto* v = (const typename Weight::weight*)found_.values[parts_[n].found] + column * Weight::PAIR;
             const ptrdiff_t stride = SPLIT * (sizeof(float) / sizeof *weight), step = dim_ * Weight::PAIR;
             const int groups = parts_[n].width / Weight::PAIR;
-            const bool next = !column && n + 1 < count_, whole = rows_ == ROWS;  // with fewer rows there are too few products
+            const bool next = !column && n + 1 < count_, beside = std::remove_reference_t<decltype(sums)>::HAS_GAPS && rows_ == ROWS;
             if (next) weights.begin(n + 1);
-            if (next && whole) sums.add(weight, stride, v, step, groups, [&] { weights.some(); });
+            if (next && beside) sums.add(weight, stride, v, step, groups, [&](int64_t group) { weights.beside(group); });
             else sums.add(weight, stride, v, step, groups);
-            if (next) weights.rest();
+            if (next) weights.from(beside ? weights.num_beside(groups) : 0);
         };
         if constexpr (E::BY_BLOCK) {
             for (int n = 0; n < count_; ++n) {
@@ -144,7 +143,8 @@ class Strip {
         const int width = (BLOCK - __builtin_clzll(any) + W - 1) / W * W, n = count_++;
         parts_[n] = {found, n, width};
         const auto* k = (const typename Query::weight*)found_.keys[found];
-        product<Query>(rows_, width, Scored<E>{E::scores(found_.keys[found], dim_, s_.q_rows, first_), s_.shares, found * BLOCK, all(scale_), at(0, n), high(0, n)},
+        const auto scores = E::scores(found_.keys[found], dim_, s_.q_rows, first_, s_.shares, found * BLOCK);
+        product<Query>(rows_, width, Scored<E>{scores, at(0, n), high(0, n)},
                        [&](auto& sums, int row, int column) __attribute__((always_inline)) {
                            sums.add(&s_.q[(size_t)(first_ + row) * dim_], dim_, k + column * Query::PAIR, BLOCK * Query::PAIR, dim_ / Query::PAIR);
                        });
@@ -157,24 +157,26 @@ class Strip {
             const uint64_t m = mask(i, parts_[n].found);
             vf top = all(LOWEST);
             for (int e = 0; e < parts_[n].width; e += W) {
-                const vf x = load(at(i, n) + e), score = where(m >> e, call_.cap > 0 ? capped(x) : x, -INFINITY);
-                top = max(top, E::level(score, all(scale_), s_.shares, parts_[n].found * BLOCK + e));
-                store(at(i, n) + e, score);
+                const int share = parts_[n].found * BLOCK + e;
+                const vf x = load(at(i, n) + e), now = call_.cap > 0 ? E::level(capped(E::score(x, s_.shares, share)), s_.shares, share) : x;
+                const vf level = where(m >> e, now, -INFINITY);
+                top = max(top, level);
+                store(at(i, n) + e, level);
             }
             store(high(i, n), top);
         }
     }
-    // Of scores which `scale` has not multiplied yet.
     vf capped(vf x) const {
-        const vf size = max(x, -x), one = all(1.0f), limit = all(call_.cap / call_.scale);
-        const vf small = exp2<5>(-(size * all(2 * LOG2E * call_.scale / call_.cap))), tanh = (one - small) / (one + small) * limit;
+        const float unit = E::unit(call_.scale);
+        const vf size = max(x, -x), one = all(1.0f), limit = all(call_.cap / unit);
+        const vf small = exp2<5>(-(size * all(2 * LOG2E * unit / call_.cap))), tanh = (one - small) / (one + small) * limit;
         return x < vf{} ? -tanh : tanh;
     }
 
     void vote(int n) {
         for (int i = 0; i < rows_; ++i) {
             vf most = all(-INFINITY);
-            for (int e = 0; e < parts_[n].width; e += W) most = max(most, load(at(i, n) + e));
+            for (int e = 0; e < parts_[n].width; e += W) most = max(most, E::score(load(at(i, n) + e), s_.shares, parts_[n].found * BLOCK + e));
             const float top = highest_fast(most);
             float& best = s_.best[first_ + i];
             const bool keep = top > -INFINITY && !(top - best < s_.below[first_ + i]);  // never -inf minus -inf
@@ -190,21 +192,22 @@ class Strip {
     // `worth` says what that is beside the row's.
     template <bool SKIPS>
     float level(int i) {
-        vf most = all(LOWEST);
-        float tops[TOPS];
-        std::fill_n(tops, TOPS, LOWEST);
-        for (int n = 0; n < count_; ++n) {
-            const vf top = !SKIPS || keeps(i, n) ? load(high(i, parts_[n].place)) : all(LOWEST);
-            if constexpr (E::BY_BLOCK) tops[n] = highest_fast(top);
-            else most = max(most, top);
+        vf tops[SPLIT_BLOCKS], most = all(LOWEST);
+        for (int n = 0; n < SPLIT_BLOCKS; ++n) {
+            tops[n] = n < count_ && (!SKIPS || keeps(i, n)) ? load(high(i, parts_[n].place)) : all(LOWEST);
+            most = max(most, tops[n]);
         }
+        const float highest = highest_fast(most), top = E::top(highest, scale_);
         if constexpr (E::BY_BLOCK) {
-            for (int n = 0; n < TOPS; n += W) most = max(most, load(tops + n));
-            for (int n = 0; n < TOPS; n += W) store(&s_.worth[i * TOPS + n], exp2<5>(load(tops + n) - all(highest_fast(most))));
-            for (int n = 0; n < count_; ++n) shift_[n][i] = -E::top(tops[n], scale_);
+            constexpr int N = SPLIT_BLOCKS < W ? SPLIT_BLOCKS : W;
+            for (int n = 0; n < SPLIT_BLOCKS; n += N) {
+                const vf each = highest_each<N>(tops + n);
+                store(&s_.worth[i * TOPS + n], exp2<5>(each - all(highest)));
+                store(&shift_[i * TOPS + n], E::shift(each));
+            }
+        } else {
+            shift_[i * TOPS] = -top;
         }
-        const float top = E::top(highest_fast(most), scale_);
-        if constexpr (!E::BY_BLOCK) shift_[0][i] = -top;
         store(&s_.mass[i * W], vf{});
         return top;
     }
@@ -213,42 +216,40 @@ class Strip {
     template <bool SKIPS>
     class Weights {
       public:
-        explicit Weights(Strip& strip) : strip_(strip), rows_(strip.rows_), scale_(all(strip.scale_)) {}
+        explicit Weights(Strip& strip) : strip_(strip) {}
         void begin(int n) {
-            row_ = 0, n_ = n;
-            from_ = strip_.at(0, n), to_ = (typename Weight::scalar*)&strip_.s_.score[0] + n * BLOCK;
-            shift_ = strip_.shift_[E::BY_BLOCK ? n : 0];
-            width_ = strip_.parts_[n].width, share_ = strip_.parts_[n].found * BLOCK;
+            n_ = n, width_ = strip_.parts_[n].width, share_ = strip_.parts_[n].found * BLOCK;
+            from_ = strip_.at(0, n), shift_ = &strip_.shift_[E::BY_BLOCK ? n : 0];
+            to_ = (typename Weight::scalar*)&strip_.s_.score[0] + n * BLOCK;
         }
         // Called for each group of a product: a row every now and then, so that the last is done about when the product is.
-        inline __attribute__((always_inline)) void some() {
-            constexpr int EVERY = std::max(1, BLOCK / Weight::PAIR / ROWS);
-            if (++calls_ % EVERY == 0 && row_ < rows_) next();
+        inline __attribute__((always_inline)) void beside(int64_t group) const {
+            if (group % EVERY == EVERY - 1 && group < EVERY * ROWS) row((int)group / EVERY);
         }
-        void rest() {
-            while (row_ < rows_) next();
+        // Rows done beside so many groups.
+        int num_beside(int groups) const { return std::min(groups / EVERY, ROWS); }
+        void from(int row_number) const {
+            for (int i = row_number; i < strip_.rows_; ++i) row(i);
         }
 
       private:
-        inline __attribute__((always_inline)) void next() {
+        static constexpr int EVERY = std::max(1, BLOCK / Weight::PAIR / ROWS);
+
+        inline __attribute__((always_inline)) void row(int i) const {
             Scratch<E>& s = strip_.s_;
-            const bool keeps = !SKIPS || strip_.keeps(row_, n_);
-            const vf scale = scale_, shift = all(shift_[row_]), none = {};
+            const bool keeps = !SKIPS || strip_.keeps(i, n_);
+            const vf scale = all(strip_.scale_), shift = all(shift_[i * TOPS]), none = {};
             const int width = width_, share = share_;  // here, since bytes may be stored anywhere
-            const float* from = from_;
-            auto* to = to_;
-            float* mass = &s.mass[row_ * W];
+            const float* from = from_ + i * SPLIT;
+            auto* to = to_ + i * SPLIT * (sizeof(float) / sizeof *to_);
+            float* mass = &s.mass[i * W];
             vf sum = E::BY_BLOCK ? none : load(mass);
             for (int e = 0; e < width; e += W) E::narrow(to + e, keeps ? E::weight(load(from + e), scale, shift, s.shares, share + e, sum) : none);
-            store(mass, E::BY_BLOCK ? fma(sum, all(s.worth[row_ * TOPS + n_]), load(mass)) : sum);
-            ++row_, from_ += SPLIT, to_ += SPLIT * (sizeof(float) / sizeof *to_);
+            store(mass, E::BY_BLOCK ? fma(sum, all(s.worth[i * TOPS + n_]), load(mass)) : sum);
         }
 
         Strip& strip_;
-        const int rows_;
-        const vf scale_;
-        int n_, row_, width_, share_;
-        unsigned calls_ = 0;
+        int n_, width_, share_;
         const float *from_, *shift_;
         typename Weight::scalar* to_;
     };
@@ -261,7 +262,7 @@ class Strip {
     const float scale_;  // of scores, in powers of two
     int count_ = 0;
     Part parts_[SPLIT_BLOCKS];
-    float shift_[E::BY_BLOCK ? SPLIT_BLOCKS : 1][ROWS];
+    float shift_[ROWS * TOPS];  // of each row, or of each of its blocks
     int64_t visible_ = 0;
 };
 

@@ -15,6 +15,7 @@ template <class T, int R, int N>
 struct Sums {
     using S = typename T::sum;
     static constexpr int MOST = R;  // rows
+    static constexpr bool HAS_GAPS = true;  // between its products, for other work
     S at[R][N];
 
     // f(row, vector, sum) for all of them.
@@ -44,13 +45,13 @@ struct Sums {
         each([=](int i, int j, S sum) { store(to + i * stride + j * W, sum); });
     }
 
-    // += a[R, groups] b[groups, N vectors]: rows of a lie `lda` scalars apart, groups of b `ldb`. beside() is called for
+    // += a[R, groups] b[groups, N vectors]: rows of a lie `lda` scalars apart, groups of b `ldb`. beside(group) is called for
     // each group: what it does runs in the gaps that the products leave.
     template <class Beside>
     inline __attribute__((always_inline)) void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups, Beside beside) {
 #pragma GCC unroll 2
         for (int64_t g = 0; g < groups; ++g, a += T::PAIR, b += ldb) {
-            beside();
+            beside(g);
 #pragma GCC unroll 8
             for (int i = 0; i < R; ++i) {
                 const auto x = T::group_at(a + i * lda);
@@ -60,7 +61,7 @@ struct Sums {
         }
     }
     inline __attribute__((always_inline)) void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups) {
-        add(a, lda, b, ldb, groups, [] {});
+        add(a, lda, b, ldb, groups, [](int64_t) {});
     }
 };
 

@@ -79,6 +79,25 @@ inline float highest_fast(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 inline float highest_fast(vf v) { return highest(v); }
 #endif
 
+// The highest of neighbours: those of a, then those of b.
+inline vf highest_pairs(vf a, vf b) {
+    vi even, odd;
+    for (int l = 0; l < W; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
+    return max(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd));
+}
+template <int N>
+inline vf highest_parts(const vf* v) {
+    if constexpr (N == 1) return *v;
+    else return highest_pairs(highest_parts<N / 2>(v), highest_parts<N / 2>(v + N / 2));
+}
+// Lane l is the highest of vector l % N. N is a power of two, up to W.
+template <int N>
+inline vf highest_each(const vf* v) {
+    vf tops = highest_parts<N>(v);
+    for (int n = N; n < W; n *= 2) tops = highest_pairs(tops, tops);
+    return tops;
+}
+
 // 2^x for x <= 0; exactly 1 at 0 and exactly 0 from -127 down, -inf included. Relative error 1e-7 (TERMS 5) or 1e-4 (TERMS
 // 3, for numbers that are rounded to 8 bits): minimax polynomials on [-1/2, 1/2] through 1 at 0.
 template <int TERMS>
