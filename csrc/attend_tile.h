@@ -55,6 +55,12 @@ class TileWork {
 
     // Join a split onto what the splits before it gave.
     void join(const float* part, const float* top, const float* total) {
+        if (is_empty_) {
+            std::copy_n(part, (size_t)rows_ * dim_, s_.out.begin());
+            std::copy_n(top, rows_, s_.top.begin()), std::copy_n(total, rows_, s_.total.begin());
+            is_empty_ = false;
+            return;
+        }
         for (int i = 0; i < rows_; ++i) {
             const float high = std::max(s_.top[i], top[i]);
             const float a = exp2_one(s_.top[i] - high), b = exp2_one(top[i] - high);
@@ -66,14 +72,14 @@ class TileWork {
         }
     }
 
-    void begin() {
-        std::fill_n(s_.top.begin(), rows_, LOWEST);
-        std::fill_n(s_.total.begin(), rows_, 0.0f);
-        std::fill_n(s_.out.begin(), (size_t)rows_ * dim_, 0.0f);
-    }
+    void begin() { is_empty_ = true; }
 
     // Divide, and write out and log-sum-exp; `lse2` [N, Hq] gets it in base 2 for probe sums, if given.
     void finish(float* lse2) {
+        if (is_empty_) {
+            std::fill_n(s_.total.begin(), rows_, 0.0f);
+            std::fill_n(s_.out.begin(), (size_t)rows_ * dim_, 0.0f);
+        }
         for (int i = 0; i < rows_; ++i) {
             const int row = tile_.lo + i / tile_.group, head = tile_.head + i % tile_.group;
             const bool empty = s_.total[i] == 0;
@@ -81,6 +87,7 @@ class TileWork {
             const vf share = all(empty ? 0.0f : E::finish(row_out, dim_) / s_.total[i]);
             scalar* out = (scalar*)call_.out + row * call_.out_row + head * call_.out_head;
             for (int d = 0; d < dim_; d += W) T::narrow(out + d, load(row_out + d) * share);
+            if (!call_.lse && !lse2) continue;
             const float lse = empty ? -INFINITY : s_.top[i] + std::log2(s_.total[i]);
             if (call_.lse) call_.lse[row * call_.num_heads + head] = lse * LN2;
             if (lse2) lse2[row * call_.num_heads + head] = lse;
@@ -179,6 +186,7 @@ class TileWork {
     const ptrdiff_t words_;
     const float log2_unit_;  // of a score
     std::vector<float> tops_;
+    bool is_empty_ = true;  // no split was joined yet
     int64_t visible_ = 0;
 };
 

@@ -77,7 +77,7 @@ struct Plain {
         void set(int, const uint32_t*, ptrdiff_t) {}
     };
     static void take(const typename T::scalar* q, int dim, float, typename T::scalar* to, Rows&, int) {
-        std::memcpy(to, q, dim * sizeof *q);
+        for (int d = 0; d < dim; d += W) std::memcpy(to + d, q + d, W * sizeof *q);
     }
     static Scores scores(const uint32_t*, ptrdiff_t, const Rows&, int, const Shares&, int) { return {}; }
 

@@ -29,12 +29,15 @@ inline vf lanes(vf v) {
     return v;
 }
 
-// log2(N) stages between N vectors that lie `step` scalars apart.
+// log2(N) stages between N vectors that lie `step` scalars apart; neighbours' own come first.
 template <int N>
 inline void across(float* x, int64_t step) {
     vf v[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) v[i] = load(x + i * step);
+    if (step == W)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) v[i] = lanes<1>(v[i]);
 #pragma GCC unroll 3
     for (int h = 1; h < N; h *= 2)
 #pragma GCC unroll 8
@@ -65,7 +68,8 @@ inline void hadamard(float* x, int64_t width) {
                 }
         return;
     }
-    for (int64_t j = 0; j < width; j += W) store(x + j, lanes<1>(load(x + j)));
+    if (block == W)
+        for (int64_t j = 0; j < width; j += W) store(x + j, lanes<1>(load(x + j)));
     for (int64_t step = W; step < block;) {
         const int64_t left = block / step;
         if (left >= 8) all_across<8>(x, width, step), step *= 8;
@@ -87,7 +91,8 @@ inline float quantise(float* x, int64_t width, uint8_t* out) {
     const vf steps = all(most > TINY ? 127 / most : 0), magic = all(12582912.0f + 128);  // integers end in the low bits
     for (int64_t j = 0; j < width; j += W) {
         const vb bytes = low_bytes((vu)fma(load(x + j), steps, magic));
-        std::memcpy(out + j, &bytes, width - j < W ? width - j : W);
+        if (j + W <= width) std::memcpy(out + j, &bytes, W);
+        else std::memcpy(out + j, &bytes, width - j);
     }
     return most / (127 * __builtin_sqrtf((float)hadamard_block(width)));
 }

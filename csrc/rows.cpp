@@ -155,10 +155,7 @@ void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* s
     });
 }
 
-inline vf sigmoid(vf x) {
-    const vf e = exp2<5>((x > vf{} ? -x : x) * all(1.44269504f));  // of -|x|: never overflows
-    return (x > vf{} ? all(1.0f) : e) / (all(1.0f) + e);
-}
+inline vf sigmoid(vf x) { return reciprocal(all(1.0f) + exp2<5>(-max(x * all(1.44269504f), all(-126.0f)))); }
 
 template <class T>
 void gate_as(const RowArgs& a, Gate gate) {

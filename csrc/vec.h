@@ -98,7 +98,17 @@ inline vf highest_each(const vf* v) {
     return tops;
 }
 
-// 2^x for x <= 0; exactly 1 at 0 and exactly 0 from -127 down, -inf included. Relative error 1e-7 (TERMS 5) or 1e-4 (TERMS
+// 1 / x to a unit in the last place, for x in [1, 2^126].
+inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+    const vf near = (vf)_mm512_rcp14_ps((__m512)x);  // a step of Newton's doubles its bits, and takes less than a division
+    return fma(near, fma(-x, near, all(1.0f)), near);
+#else
+    return all(1.0f) / x;
+#endif
+}
+
+// 2^x for x < 127; exactly 1 at 0 and exactly 0 from -127 down, -inf included. Relative error 1e-7 (TERMS 5) or 1e-4 (TERMS
 // 3, for numbers that are rounded to 8 bits): minimax polynomials on [-1/2, 1/2] through 1 at 0.
 template <int TERMS>
 inline vf exp2(vf x) {

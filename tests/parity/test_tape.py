@@ -15,7 +15,7 @@ from torch import Tensor
 
 from firstlight.kernels.memory import Memory
 from firstlight.kernels.native import lib
-from firstlight.kernels.tape import Tape, holding, recording
+from firstlight.kernels.tape import Bell, Tape, holding, recording
 
 if lib is None:
     pytest.skip("no compiled kernels here", allow_module_level=True)
@@ -148,7 +148,7 @@ def test_held_calls_are_made_when_the_tape_is_run_and_not_before() -> None:
     assert isinstance(made, Tensor) and isinstance(want, Tensor)
     made.fill_(7)
     assert len(tape) == 2 and bool((made == 7).all())
-    assert len(tape.timed(0, [1])) == 1 and bool((made == 7).all())
+    assert len(tape.timed(0, [1], Bell())) == 1 and bool((made == 7).all())
     tape.run(1)
     assert torch.equal(made, want)
 
