@@ -176,7 +176,7 @@ class Strip {
     void vote(int n) {
         for (int i = 0; i < rows_; ++i) {
             vf most = all(-INFINITY);
-            for (int e = 0; e < parts_[n].width; e += W) most = max(most, E::score(load(at(i, n) + e), s_.shares, parts_[n].found * BLOCK + e));
+            for (int e = 0; e < parts_[n].width; e += W) most = max(E::score(load(at(i, n) + e), s_.shares, parts_[n].found * BLOCK + e), most);  // `most` if one is no number
             const float top = highest_fast(most);
             float& best = s_.best[first_ + i];
             const bool keep = top > -INFINITY && !(top - best < s_.below[first_ + i]);  // never -inf minus -inf

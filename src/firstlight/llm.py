@@ -63,7 +63,7 @@ class LLM:
         self, model: str | Path, *, progress: Callable[[Progress], None] | None = None, **options: Any
     ) -> None:
         began = time.perf_counter()
-        self._progress = progress or (lambda _: None)
+        self._progress, self._tell_at = progress or (lambda _: None), 0.0
         self.options = gather_options(options)
         if self.options.deterministic:
             cap_instruction_set()
@@ -180,7 +180,10 @@ class LLM:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _on_stop(self, work: Work, stop: Stop) -> None:
-        layers = self.config.num_layers
+        now, layers = time.perf_counter(), self.config.num_layers
+        if now < self._tell_at and stop.layer + 1 < layers:
+            return
+        self._tell_at = now + _PROGRESS_S
         for live, segment in zip(work.lives, work.unit.segments):
             if segment.kind == "prefill":
                 (t0, t1), done = segment.tok, (stop.layer + (stop.level == "layer")) / layers

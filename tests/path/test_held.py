@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from firstlight.core import schedule as told
 from firstlight.core.request import Request, SamplingParams
+from firstlight.core.schedule import Event, Plan
+from firstlight.core.view import View
 from firstlight.engine.held import Held
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.native import lib
@@ -136,3 +139,31 @@ def test_news_end_patience(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     while engine.has_work:
         engine.step()
     assert begun == list(range(layer + 1)) and engine.pool.used == 0
+
+
+def test_an_alarm_ends_patience_after_a_wait() -> None:
+    """A unit that goes on later heeds the alarm that was set with that, whatever the unit before it was left to do."""
+    engine, heard = tiny_engine("llama", LAYERS, schedule="flowprefill"), list[str]()
+    inner, engine.patience_s = engine.policy, 60.0
+    engine.machine.linear.per_second = engine.machine.attention.per_second = 1e7  # so that there are stops
+
+    class Interrupting:
+        """Its unit waits once, and goes on with an alarm for this very moment."""
+
+        def step(self, now: float, events: list[Event], view: View) -> Plan:
+            heard.extend(type(event).__name__ for event in events)
+            if isinstance(events[-1], told.Timer) and heard.count("Timer") == 1:
+                return Plan(yield_=tuple(view.units), memo=dict(view.memo))
+            if isinstance(events[-1], told.UnitYielded):
+                return Plan(resume=tuple(view.units), wake_at=now, memo=dict(view.memo))
+            return inner.step(now, events, view)
+
+    def nudge(*_: object) -> None:
+        engine.on_stop = None
+        engine.nudge()
+
+    engine.policy, engine.on_stop = Interrupting(), nudge  # type: ignore[assignment]
+    engine.add(Request("0", list(range(1, 100)), SamplingParams(max_tokens=1, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    assert heard == ["Arrival", "Admitted", "Timer", "UnitYielded", "Timer"]

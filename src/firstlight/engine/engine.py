@@ -231,12 +231,14 @@ class Engine:
         self.machine.bell.ring()
 
     def _look(self) -> bool:
-        """Whether there is something to decide; from here on news ring, and the pass goes on as long as it may."""
+        """Whether there is something to decide, and when the pass that runs has to stop next."""
         now = self._now()
         alarm = inf if self._wake_at is None else self._wake_at - now
         hurried = self._running is not None and self._running.stop_wanted
         self.machine.bell.after(0.0 if hurried else min(alarm, self.patience_s))
-        return bool(self._inbox) or alarm <= 0
+        if news := bool(self._inbox) or alarm <= 0:  # asked after that, since other threads' news may have rung before
+            self.machine.bell.ring()
+        return news
 
     def _enter_after(self, leader: str) -> None:
         """Whoever waited for a prompt arrives."""
@@ -349,6 +351,7 @@ class Engine:
 
     def _advance(self, live_unit: LiveUnit) -> Stop | None:
         """From stop to stop; returns the one to wait at, None at the end."""
+        self._look()
         for stop in live_unit.stops:
             if self.on_stop is not None:
                 self.on_stop(live_unit.work, stop)
