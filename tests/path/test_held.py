@@ -143,7 +143,7 @@ def test_news_end_patience(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_alarm_ends_patience_after_a_wait() -> None:
     """A unit that goes on later heeds the alarm that was set with that, whatever the unit before it was left to do."""
-    engine, heard = tiny_engine("llama", LAYERS, schedule="flowprefill"), list[str]()
+    engine, heard, layers = tiny_engine("llama", LAYERS, schedule="flowprefill"), list[str](), list[int]()
     inner, engine.patience_s = engine.policy, 60.0
     engine.machine.linear.per_second = engine.machine.attention.per_second = 1e7  # so that there are stops
 
@@ -159,12 +159,14 @@ def test_an_alarm_ends_patience_after_a_wait() -> None:
                 return Plan(resume=tuple(view.units), wake_at=now, memo=dict(view.memo))
             return inner.step(now, events, view)
 
-    def nudge(*_: object) -> None:
-        engine.on_stop = None
-        engine.nudge()
+    def at_a_stop(_work: Work, stop: Stop) -> None:
+        layers.append(stop.layer)
+        if len(layers) == 1:
+            engine.nudge()
 
-    engine.policy, engine.on_stop = Interrupting(), nudge  # type: ignore[assignment]
+    engine.policy, engine.on_stop = Interrupting(), at_a_stop  # type: ignore[assignment]
     engine.add(Request("0", list(range(1, 100)), SamplingParams(max_tokens=1, ignore_eos=True)))
     while engine.has_work:
         engine.step()
     assert heard == ["Arrival", "Admitted", "Timer", "UnitYielded", "Timer"]
+    assert layers[:2] == [0, 0]
