@@ -83,7 +83,7 @@ def in_the_policy(engine: Engine, monkeypatch: pytest.MonkeyPatch, at: int) -> N
 
 
 def as_it_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    monkeypatch.setattr(engine, "_grow", interrupting(engine._grow, at))
+    monkeypatch.setattr(LiveRequest, "settle", interrupting(LiveRequest.settle, at))
 
 
 PLACES = [in_a_pass, in_an_operator, in_sampling, in_the_policy, as_it_ends]

@@ -198,7 +198,7 @@ class Batch:
             found = [places for m in self.members if (places := m.places_in(layer)) is not None]
             self._places[layer] = None
             if len(found) == len(self.members):
-                slots = torch.cat([places.slots[0] for places in found])
+                slots = found[0].slots[0] if len(found) == 1 else torch.cat([places.slots[0] for places in found])
                 self._places[layer] = slots, [places.ends for places in found]
         return self._places[layer]
 

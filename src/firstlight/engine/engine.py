@@ -27,7 +27,7 @@ from firstlight.core import schedule as told
 from firstlight.core.errors import UserError
 from firstlight.core.registry import Part
 from firstlight.core.request import Known, Request, TokenOutput
-from firstlight.core.schedule import Event, Plan, Policy, Segment, WorkUnit, legal
+from firstlight.core.schedule import Event, Plan, Policy, WorkUnit, legal
 from firstlight.core.view import View, ViewConfig
 from firstlight.decode.sampling import sample
 from firstlight.engine.admission import Admission, Limits
@@ -323,7 +323,7 @@ class Engine:
             live = self._lives[segment.rid]
             lawful = legal(live.f, segment, live.barriers, live.num_prompt)
             assert lawful, f"{segment} breaks the staircase {live.f}"
-            if not live.is_governed(segment.kind == "decode") and (new := _new_entries(live, segment)):
+            if not live.is_governed(segment.kind == "decode") and (new := live.new_entries(segment)):
                 live.kv.provide(segment.layer, new)
         work = begin(self.machine, unit, [self._lives[segment.rid] for segment in unit.segments])
         self._queue.append(LiveUnit(unit, work, work.run()))
@@ -441,7 +441,7 @@ class Engine:
                 uid=live_unit.unit.uid,
                 dur=self._now() - live_unit.began,
                 sampled=sampled,
-                grow={live.rid: grow for live in going if (grow := self._grow(live))},
+                grow={live.rid: grow for live in going if (grow := live.settle())},
                 finished=tuple(live.rid for live in finished),
                 **self._account(),
             )
@@ -477,14 +477,6 @@ class Engine:
             live.finish_reason = "length"
         self._outputs.append(live.decoding.output(live.finish_reason))
 
-    def _grow(self, live: LiveRequest) -> int:
-        """Blocks that the next token's row takes beyond what is reserved."""
-        if live.f[-1] == live.num_known - 1:
-            if live.kv.has_place(live.f[-1]):
-                return 0
-            live.kv.settle()
-        return max(live.kv.missing((0, len(live.f)), 1) - live.kv.reserved, 0)
-
     def _tell_cut(self, cut: CutTaken) -> None:
         """A cut frees what the layers above it no longer need; rows that can be revived are needed."""
         live, layer, block = cut.live, cut.layer, self.config.block_size
@@ -497,17 +489,6 @@ class Engine:
         kept = torch.bincount(cut.tok // block, minlength=-(-live.num_prompt // block)).tolist()
         news = told.Cut(rid=live.rid, layer=layer, kept=tuple(kept), n_parked=cut.n_parked, **self._account())
         self._inbox.append(news)
-
-
-def _new_entries(live: LiveRequest, segment: Segment) -> int:
-    """How many entries a segment adds to a row of the table at most; an identity may hold some of them already.
-
-    0 also where the one that it adds has its place.
-    """
-    first, end = segment.tok
-    if end - first == 1 and live.kv.has_place(first):
-        return 0
-    return max(end - int(live.kv.length[segment.layer[0], 0]), 0) if live.kv.is_identity else end - first
 
 
 def _may_stop(unit: WorkUnit, stop: Stop) -> bool:

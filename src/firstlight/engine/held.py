@@ -14,7 +14,7 @@ from firstlight.engine.batch import Batch
 from firstlight.engine.work import Stop
 from firstlight.kernels.tape import Bell, holding
 
-_MOST_CALLS, _FEW_CALLS = 1024, 256
+_MOST_CALLS, _FEW_CALLS = 1024, 512
 """Noted at a time, but for whole layers; few where somebody may wait: for 7 us of Python each nothing stops."""
 
 

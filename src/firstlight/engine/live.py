@@ -13,6 +13,7 @@ from firstlight.core.attn import Planner
 from firstlight.core.parts import KVSource, Obs, PartContext, Retention, RowPolicy
 from firstlight.core.registry import Part
 from firstlight.core.request import FinishReason, Request
+from firstlight.core.schedule import Segment
 from firstlight.decode.state import Decoding
 from firstlight.engine.guard import Guarded
 from firstlight.engine.spans import Spans
@@ -105,6 +106,24 @@ class LiveRequest:
     def is_governed(self, decode: bool) -> bool:
         """Whether row policies have a say in rows of the prompt, or of generated tokens."""
         return self._governs_decode if decode else bool(self.policies)
+
+    def new_entries(self, segment: Segment) -> int:
+        """How many entries a segment adds to a row of the table at most; an identity may hold some of them already.
+
+        0 also where the one that it adds has its place.
+        """
+        first, end = segment.tok
+        if end - first == 1 and self.kv.has_place(first):
+            return 0
+        return max(end - int(self.kv.length[segment.layer[0], 0]), 0) if self.kv.is_identity else end - first
+
+    def settle(self) -> int:
+        """After a pass: blocks that the next token's row takes beyond what is reserved."""
+        if self.f[-1] == self.num_known - 1:
+            if self.kv.has_place(self.f[-1]):
+                return 0
+            self.kv.settle()
+        return max(self.kv.missing((0, len(self.f)), 1) - self.kv.reserved, 0)
 
     @property
     def num_known(self) -> int:

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: the whole prompt in one call, cut by llama.cpp into its own `ubatch`."""
+"""llama.cpp through llama-cpp-python: the prompt in large calls, cut by llama.cpp into its own `ubatch`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 PACKAGES = ("llama_cpp",)
+_BATCH = 2048
+"""Tokens of a call, if a `ubatch` isn't more: the binding keeps memory for the logits of all of them."""
 _KV = {"f16": 1, "bf16": 30}  # ggml's numbers of the types
 
 
@@ -17,12 +19,13 @@ class Engine:
 
         self.version = llama_cpp.__version__
         settings, whole = job["settings"], job["max_len"]
+        ubatch = min(settings["ubatch"] or whole, whole)
         kv = _KV[settings["kv"]]
         self._llama = llama_cpp.Llama(
             job["model"],
             n_ctx=whole,
-            n_batch=whole,
-            n_ubatch=min(settings["ubatch"] or whole, whole),
+            n_batch=min(max(ubatch, _BATCH), whole),
+            n_ubatch=ubatch,
             n_threads=job["threads"],
             n_threads_batch=job["threads"],
             flash_attn=settings["flash"],
