@@ -181,7 +181,7 @@ class LLM:
 
     def _on_stop(self, work: Work, stop: Stop) -> None:
         now, layers = time.perf_counter(), self.config.num_layers
-        if now < self._tell_at and stop.layer + 1 < layers:
+        if now < self._tell_at and (stop.level, stop.layer + 1) != ("layer", layers):  # the end is always told
             return
         self._tell_at = now + _PROGRESS_S
         for live, segment in zip(work.lives, work.unit.segments):
