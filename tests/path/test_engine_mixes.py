@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from firstlight.core.parts import Capability, Cut, Keep, Obs, PartContext, Retention, RowPolicy
+from firstlight.core.parts import Capability, Cut, Keep, Obs, PartContext, RequestRows, Retention, RowPolicy
 from firstlight.core.registry import Method, Part, make_schedule
 from firstlight.core.request import Request, SamplingParams
 from firstlight.core.schedule import Event, Preempted, UnitDone, UnitYielded
@@ -133,6 +133,23 @@ def test_every_schedule_leaves_nothing(
         counted.ends += mix(engine, seed).values()
     assert counted.ends.count("cancelled") > 15 and counted.ends.count("length") > 60
     assert counted.num_preempted >= num_preempted and counted.num_yielded >= num_yielded
+
+
+class KeepsTheFirst(RowPolicy):
+    """A cut after which most chunks of a prompt have no row left."""
+
+    def after_attend(self, layer: int, rows: RequestRows, obs: Obs | None, ctx: PartContext) -> Cut | None:
+        return Cut(keep=rows.tok[rows.tok < 5]) if layer == 0 and not ctx.decode else None
+
+
+@pytest.mark.parametrize("schedule", ["sarathi:token_budget=16,lift=off", "layered:stage_tokens=4", "flowprefill"])
+def test_a_chunk_without_rows(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes through the layers above with nothing to do."""
+    part = Part("first", "tokens", KeepsTheFirst(), None, Capability(alters_cells=False, prefix_stable=False))
+    monkeypatch.setattr(build, "make_parts", lambda methods, model: [part])
+    engine = tiny_engine(schedule=schedule)
+    ends = [end for seed in range(10) for end in mix(engine, seed).values()]
+    assert "length" in ends and set(ends) <= {"length", "cancelled"} and engine.num_fallbacks == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": "off"}, {"method": ["band:sink=16,window=32"]}])

@@ -41,7 +41,7 @@ class Machine:
         seconds = self._seconds(rows, pairs)
         if unit.yield_at in _INSIDE_LAYERS or seconds > SLICE_S:
             return 0
-        return int(SLICE_S / seconds) if unit.yield_at == "none" else 1
+        return int(SLICE_S / seconds) if unit.yield_at == "none" and rows else 1  # a cut may leave a layer no rows
 
     def observe(self, stop: Stop, seconds: float) -> None:
         """What the stretch before a stop took."""

@@ -32,7 +32,8 @@ class Chaos:
         if any(u.state == "running" for u in view.units.values()):
             return self._beside(rng, events, view)
         waiting = [r for r in view.requests.values() if r.is_waiting]
-        admit = [r.rid for r in waiting if r.need_blocks <= view.free_blocks]
+        room = view.free_blocks - sum(r.grow for r in view.requests.values())
+        admit = [r.rid for r in waiting if r.need_blocks <= max(room, 0)]
         if admit and rng.random() < 0.7:
             return Plan(admit=(rng.choice(admit),))
         busy = {s.rid for u in view.units.values() for s in u.unit.segments}
@@ -44,10 +45,15 @@ class Chaos:
         if view.units and (not free or len(view.units) > 2 or rng.random() < 0.4):
             return Plan(resume=(rng.choice(sorted(view.units)),))
         chosen = [r for r in free if rng.random() < 0.7] or free[:1]
-        segments = tuple(s for r in chosen if (s := self._segment(rng, r)) is not None)
+        segments = self._that_fit(view, [s for r in chosen if (s := self._segment(rng, r)) is not None])
         if segments:
             return Plan(submit=(WorkUnit(view.next_uid, segments, rng.choice(_STOPS)),))
-        return Plan(admit=tuple(admit[:1]))
+        if view.units:
+            return Plan(resume=(rng.choice(sorted(view.units)),))
+        if admit:
+            return Plan(admit=tuple(admit[:1]))
+        last = [r for r in view.requests.values() if r in free][-1]  # never the first, so that every request ends
+        return Plan(preempt=((last.rid, "recompute"),))
 
     def _beside(self, rng: random.Random, events: Sequence[Event], view: View) -> Plan:
         running = next(uid for uid, u in view.units.items() if u.state == "running")
@@ -55,6 +61,17 @@ class Chaos:
             self.num_yielded += 1
             return Plan(yield_=(running,))
         return Plan()
+
+    @staticmethod
+    def _that_fit(view: View, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+        """Those whose next blocks are there: a prompt's were reserved at admission."""
+        room, fit = view.free_blocks, []
+        for segment in segments:
+            grow = view.requests[segment.rid].grow if segment.kind == "decode" else 0
+            if grow <= room:
+                room -= grow
+                fit.append(segment)
+        return tuple(fit)
 
     def _segment(self, rng: random.Random, r: RequestView) -> Segment | None:
         """A random legal rectangle of a request; generated tokens one by one."""
