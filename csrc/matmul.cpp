@@ -148,25 +148,30 @@ class Linear {
     }
     template <class Tile>
     void finish(Tile& sums, const Piece& p, int64_t r) const {
-        const int64_t column = p.panel * PANEL + p.first * W;
-        sums.each([&](int i, int j, S sum) { write(value(sum, column + j * W), r + i, column + j * W); });
+        if (call_.wide || T::PAIR == 1) put<F32>(sums, r, p.panel * PANEL + p.first * W);
+        else put<BF16>(sums, r, p.panel * PANEL + p.first * W);
     }
-    vf value(S sum, int64_t column) const {
-        if constexpr (T::PAIR == 4) return __builtin_convertvector(sum, vf) * load(call_.scale + column);
+    // What is read here lies in registers then: a store might change what lies behind `this`.
+    template <class O, class Tile>
+    void put(Tile& sums, int64_t row, int64_t column) const {
+        auto* const to = (typename O::scalar*)call_.out + row * call_.out_row + column;
+        const int64_t step = call_.out_row, left = call_.outputs - column;
+        const float* const scale = call_.scale + column;
+        if (left >= NV * W)
+            sums.each_two([=](int i, int j, S sum, S next) {
+                O::narrow(to + i * step + j * W, value(sum, scale + j * W), value(next, scale + (j + 1) * W));
+            });
+        else
+            sums.each([=](int i, int j, S sum) {
+                const int64_t count = std::min<int64_t>(left - j * W, W);
+                typename O::scalar some[W];
+                O::narrow(some, value(sum, scale + j * W));
+                if (count > 0) std::memcpy(to + i * step + j * W, some, count * sizeof some[0]);
+            });
+    }
+    static vf value(S sum, [[maybe_unused]] const float* scale) {
+        if constexpr (T::PAIR == 4) return __builtin_convertvector(sum, vf) * load(scale);
         else return sum;
-    }
-    void write(vf v, int64_t row, int64_t column) const {
-        if (call_.wide || T::PAIR == 1) write_as<F32>(v, row, column);
-        else write_as<BF16>(v, row, column);
-    }
-    template <class O>
-    void write_as(vf v, int64_t row, int64_t column) const {
-        auto* to = (typename O::scalar*)call_.out + row * call_.out_row + column;
-        if (column + W <= call_.outputs) return O::narrow(to, v);
-        if (column >= call_.outputs) return;
-        typename O::scalar rest[W];
-        O::narrow(rest, v);
-        std::memcpy(to, rest, (call_.outputs - column) * sizeof rest[0]);
     }
 
     const MatmulArgs& call_;

@@ -157,6 +157,7 @@ struct F32 {
     static vf group_at(const float* a) { return all(*a); }
     static vf widen(const float* p) { return load(p); }
     static void narrow(float* p, vf v) { store(p, v); }
+    static void narrow(float* p, vf v, vf next) { store(p, v), store(p + W, next); }
     static void pack(float* p, const vf* v) { store(p, *v); }  // PAIR numbers of each lane side by side
 };
 
@@ -191,6 +192,13 @@ struct BF16 {
         const vu u = (vu)v;
         const vh rounded = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
         std::memcpy(p, &rounded, sizeof rounded);
+#endif
+    }
+    static void narrow(uint16_t* p, vf v, vf next) {
+#if defined(__AVX512BF16__)
+        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)v));
+#else
+        narrow(p, v), narrow(p + W, next);
 #endif
     }
     static void pack(uint16_t* p, const vf* v) {
