@@ -3,7 +3,7 @@
 // `Plain`: as the model computes. `Eighths`: bytes. Each entry is turned by a Hadamard matrix and rounded by itself with
 // a scale of its own (quantise.h), so its bytes hang on nothing else. Scores are exact sums of bytes of K, which have no
 // sign (128 is zero), and of a row of q that was turned and rounded the same way. V's scales go into the weights: with
-// them the largest weight that a row has in a block is 255, and the weights too are bytes.
+// them the largest weight that a row has in a block is about 250, and the weights too are bytes.
 #pragma once
 
 #include <vector>
@@ -85,14 +85,16 @@ struct Plain {
     static float unit(float scale) { return scale; }
     static vf score(vf level, const Shares&, int) { return level; }
     static vf level(vf score, const Shares&, int) { return score; }
-    // A row's levels to weights, against `top`: what its highest level makes it, in powers of two.
+    // N vectors of a row's levels to weights, against `top`: what its highest level makes it, in powers of two.
     static float top(float highest, float scale) { return highest * scale; }
-    static vf weight(vf level, vf scale, vf shift, const Shares&, int, vf& mass) {
-        const vf p = exp2<T::TERMS>(fma(level, scale, shift));
-        mass += p;
-        return p;
+    template <int N>
+    static void weights(const float* levels, typename T::scalar* to, vf scale, vf shift, const Shares&, int, vf& mass) {
+        for (int i = 0; i < N; ++i) {
+            const vf p = exp2<T::TERMS>(fma(load(levels + i * W), scale, shift));
+            mass += p;
+            T::narrow(to + i * W, p);
+        }
     }
-    static void narrow(typename T::scalar* to, vf p) { T::narrow(to, p); }
     static float finish(float*, int) { return 1; }
 };
 
@@ -148,15 +150,18 @@ struct Eighths {
     static vf score(vf level, const Shares& shares, int at) { return level - load(shares.log + at); }
     static vf level(vf score, const Shares& shares, int at) { return score + load(shares.log + at); }
     static float top(float highest, float) { return highest - LOG2_MOST; }
-    static vf shift(vf tops) { return all(LOG2_MOST) - tops; }
-    static vf weight(vf level, vf, vf shift, const Shares& shares, int at, vf& mass) {
-        const vf p = exp2<3>(level + shift);
-        mass = fma(p, load(shares.one_in + at), mass);
-        return p;
-    }
-    static void narrow(uint8_t* to, vf p) {
-        const vb bytes = low_bytes((vu)(p + all(12582912.0f)));  // integers end in the low bits
-        std::memcpy(to, &bytes, W);
+    static vf shift(vf tops) { return all(LOG2_MOST) - tops + all(GRID); }
+    // What a block's weights are worth beside `top`, its highest being theirs.
+    static vf worth(vf shift, float top) { return exp2<5>(all(GRID) - shift - all(top)); }
+    template <int N>
+    static void weights(const float* levels, uint8_t* to, vf, vf shift, const Shares& shares, int at, vf& mass) {
+        vf p[N];
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+            p[i] = exp2_steps(load(levels + i * W) + shift);
+            mass = fma(p[i], load(shares.one_in + at + i * W), mass);
+        }
+        store_bytes<N>(to, p);
     }
     static float finish(float* out, int dim) {  // turned back
         hadamard(out, dim);
@@ -164,7 +169,7 @@ struct Eighths {
     }
 
   private:
-    static constexpr float LOG2_MOST = 7.9943534f;  // of 255
+    static constexpr float LOG2_MOST = 7.9375f;  // of 245: two steps more are 256
 };
 
 }  // namespace

@@ -157,10 +157,7 @@ class Linear {
         auto* const to = (typename O::scalar*)call_.out + row * call_.out_row + column;
         const int64_t step = call_.out_row, left = call_.outputs - column;
         const float* const scale = call_.scale + column;
-        if (left >= NV * W)
-            sums.each_two([=](int i, int j, S sum, S next) {
-                O::narrow(to + i * step + j * W, value(sum, scale + j * W), value(next, scale + (j + 1) * W));
-            });
+        if (left >= NV * W) sums.each([=](int i, int j, S sum) { O::narrow(to + i * step + j * W, value(sum, scale + j * W)); });
         else
             sums.each([=](int i, int j, S sum) {
                 const int64_t count = std::min<int64_t>(left - j * W, W);

@@ -196,21 +196,23 @@ void write_bytes_as(const KVArgs& a) {
     const int64_t words = BLOCK * a.dim / 4;
     each_row(a.rows, a.rows * a.heads * a.dim, a.threads, [&](int64_t i) {
         float* row = row_buffer(a.dim);
-        static thread_local std::vector<uint8_t> bytes;
-        bytes.resize(a.dim);
-        const auto rounded = [&](const S* x) {
-            for (int64_t d = 0; d < a.dim; d += W) each_vector<F32>(row + d, reach(d, a.dim), [&](int64_t, int n) { return some<T>(x + d, n); });
-            return quantise(row, a.dim, bytes.data());
+        static thread_local std::vector<uint8_t> room;
+        room.resize(a.dim);
+        uint8_t* const bytes = room.data();  // found once: looking a thread's own memory up is a call
+        const int64_t dim = a.dim;           // here, since bytes may be stored anywhere
+        const auto rounded = [=](const S* x) {
+            for (int64_t d = 0; d < dim; d += W) each_vector<F32>(row + d, reach(d, dim), [&](int64_t, int n) { return some<T>(x + d, n); });
+            return quantise(row, dim, bytes);
         };
         for (int64_t h = 0; h < a.heads; ++h) {
             const int64_t slot = a.slots[i * a.heads + h], place = slot % BLOCK, at = slot / BLOCK * (words + BLOCK);
             uint32_t *k = (uint32_t*)a.k_blocks + at, *v = (uint32_t*)a.v_blocks + at;
-            const float k_scale = rounded((const S*)a.k + i * a.k_row + h * a.dim);
-            for (int64_t d = 0; d < a.dim / 4; ++d) std::memcpy(k + d * BLOCK + place, &bytes[4 * d], 4);
+            const float k_scale = rounded((const S*)a.k + i * a.k_row + h * dim);
+            for (int64_t d = 0; d < dim / 4; ++d) std::memcpy(k + d * BLOCK + place, bytes + 4 * d, 4);
             std::memcpy(k + words + place, &k_scale, 4);
-            const float v_scale = std::log2(std::max(rounded((const S*)a.v + i * a.v_row + h * a.dim), LEAST_SCALE));
-            uint8_t* to = (uint8_t*)(v + place / 4 * a.dim) + place % 4;
-            for (int64_t d = 0; d < a.dim; ++d) to[4 * d] = bytes[d] ^ 128;
+            const float v_scale = std::log2(std::max(rounded((const S*)a.v + i * a.v_row + h * dim), LEAST_SCALE));
+            uint8_t* to = (uint8_t*)(v + place / 4 * dim) + place % 4;
+            for (int64_t d = 0; d < dim; ++d) to[4 * d] = bytes[d] ^ 128;
             std::memcpy(v + words + place, &v_scale, 4);
         }
     });

@@ -202,8 +202,9 @@ class Strip {
             constexpr int N = SPLIT_BLOCKS < W ? SPLIT_BLOCKS : W;
             for (int n = 0; n < SPLIT_BLOCKS; n += N) {
                 const vf each = highest_each<N>(tops + n);
-                store(&s_.worth[i * TOPS + n], exp2<5>(each - all(highest)));
-                store(&shift_[i * TOPS + n], E::shift(each));
+                const vf shift = E::shift(each);
+                store(&shift_[i * TOPS + n], shift);
+                store(&s_.worth[i * TOPS + n], E::worth(shift, top));
             }
         } else {
             shift_[i * TOPS] = -top;
@@ -237,14 +238,16 @@ class Strip {
 
         inline __attribute__((always_inline)) void row(int i) const {
             Scratch<E>& s = strip_.s_;
-            const bool keeps = !SKIPS || strip_.keeps(i, n_);
-            const vf scale = all(strip_.scale_), shift = all(shift_[i * TOPS]), none = {};
+            const vf scale = all(strip_.scale_), shift = all(shift_[i * TOPS]);
             const int width = width_, share = share_;  // here, since bytes may be stored anywhere
             const float* from = from_ + i * SPLIT;
             auto* to = to_ + i * SPLIT * (sizeof(float) / sizeof *to_);
             float* mass = &s.mass[i * W];
-            vf sum = E::BY_BLOCK ? none : load(mass);
-            for (int e = 0; e < width; e += W) E::narrow(to + e, keeps ? E::weight(load(from + e), scale, shift, s.shares, share + e, sum) : none);
+            vf sum = E::BY_BLOCK ? vf{} : load(mass);
+            if (SKIPS && !strip_.keeps(i, n_)) std::memset(to, 0, width * sizeof *to);
+            else if (width == BLOCK) E::template weights<BLOCK / W>(from, to, scale, shift, s.shares, share, sum);
+            else
+                for (int e = 0; e < width; e += W) E::template weights<1>(from + e, to + e, scale, shift, s.shares, share + e, sum);
             store(mass, E::BY_BLOCK ? fma(sum, all(s.worth[i * TOPS + n_]), load(mass)) : sum);
         }
 

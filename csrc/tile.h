@@ -26,14 +26,6 @@ struct Sums {
 #pragma GCC unroll 4
             for (int j = 0; j < N; ++j) f(i, j, at[i][j]);
     }
-    // f(row, vector, sum, the sum beside it) for all of them, if there are several.
-    template <class F>
-    inline void each_two(F f) {
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < N; j += 2) f(i, j, at[i][j], at[i][j + 1]);
-    }
     inline void clear() {
         each([](int, int, S& sum) { sum = S{}; });
     }

@@ -69,8 +69,8 @@ def sums(call: AttnCall) -> list[torch.Tensor]:
 
 def assert_agrees(got: AttnCall, want: AttnCall) -> None:
     int8, loose = got.layout.is_int8, got.q.dtype == BF16 or got.layout.is_int8
-    atol = 1e-2 if int8 else 1e-3 if loose else 2e-5
-    out_atol = 2e-2 if int8 else 1e-2 if loose else atol
+    atol = 2e-2 if int8 else 1e-3 if loose else 2e-5  # weights of bytes are powers of two in steps of 1/32
+    out_atol = 3e-2 if int8 else 1e-2 if loose else atol
     torch.testing.assert_close(got.out.float(), want.out, atol=out_atol, rtol=2**-7 if loose else 1e-5)
     torch.testing.assert_close(got.lse, want.lse, atol=atol, rtol=1e-5)
     for a, b in zip(sums(got), sums(want), strict=True):
