@@ -29,15 +29,12 @@ inline vf lanes(vf v) {
     return v;
 }
 
-// log2(N) stages between N vectors that lie `step` scalars apart; neighbours' own come first.
-template <int N>
+// log2(N) stages between N vectors that lie `step` scalars apart; LANES: first those inside each.
+template <int N, bool LANES>
 inline void across(float* x, int64_t step) {
     vf v[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) v[i] = load(x + i * step);
-    if (step == W)
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) v[i] = lanes<1>(v[i]);
+    for (int i = 0; i < N; ++i) v[i] = LANES ? lanes<1>(load(x + i * step)) : load(x + i * step);
 #pragma GCC unroll 3
     for (int h = 1; h < N; h *= 2)
 #pragma GCC unroll 8
@@ -52,8 +49,11 @@ inline void across(float* x, int64_t step) {
 
 template <int N>
 inline void all_across(float* x, int64_t width, int64_t step) {
-    for (int64_t b = 0; b < width; b += step * N)
-        for (int64_t j = 0; j < step; j += W) across<N>(x + b + j, step);
+    if (step == W)
+        for (int64_t b = 0; b < width; b += W * N) across<N, true>(x + b, W);
+    else
+        for (int64_t b = 0; b < width; b += step * N)
+            for (int64_t j = 0; j < step; j += W) across<N, false>(x + b + j, step);
 }
 
 // Blocks of a row times a Hadamard matrix of entries +-1: log2(block) stages of sums and differences.
@@ -82,17 +82,23 @@ inline void hadamard(float* x, int64_t width) {
 inline float quantise(float* x, int64_t width, uint8_t* out) {
     constexpr float TINY = 1e-30f;  // below it the row counts as zeros: its reciprocal would overflow
     hadamard(x, width);
-    vf top{};
-    for (int64_t j = 0; j < width; j += W) {
-        const vf v = load(x + j);
-        top = max(top, max(v, -v));
-    }
-    const float most = highest_fast(top);
+    vf tops[4] = {};  // side by side: each waits for its own last one
+    int64_t j = 0;
+    const auto see = [&](vf& top, vf v) { top = max(top, max(v, -v)); };
+    for (; j + 4 * W <= width; j += 4 * W)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) see(tops[k], load(x + j + k * W));
+    for (; j < width; j += W) see(tops[0], load(x + j));
+    const float most = highest_fast(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
     const vf steps = all(most > TINY ? 127 / most : 0), magic = all(12582912.0f + 128);  // integers end in the low bits
-    for (int64_t j = 0; j < width; j += W) {
-        const vb bytes = low_bytes((vu)fma(load(x + j), steps, magic));
-        if (j + W <= width) std::memcpy(out + j, &bytes, W);
-        else std::memcpy(out + j, &bytes, width - j);
+    const auto bytes = [&](int64_t at) { return low_bytes((vu)fma(load(x + at), steps, magic)); };
+    for (j = 0; j + W <= width; j += W) {
+        const vb whole = bytes(j);
+        std::memcpy(out + j, &whole, W);
+    }
+    if (j < width) {
+        const vb part = bytes(j);
+        std::memcpy(out + j, &part, width - j);
     }
     return most / (127 * __builtin_sqrtf((float)hadamard_block(width)));
 }

@@ -59,7 +59,8 @@ inline void write_row(const RowArgs& a, int64_t i, float factor, Value value) {
         return;
     }
     float* row = row_buffer(a.width);
-    each_vector<F32>(row, a.width, [&](int64_t j, int n) { return value(j, n) * some<F32>(a.smooth + j, n); });
+    const float* const smooth = a.smooth;  // here, since a store might change what lies behind `a`
+    each_vector<F32>(row, a.width, [=](int64_t j, int n) { return value(j, n) * some<F32>(smooth + j, n); });
     a.out_scale[i] = factor * quantise(row, a.width, (uint8_t*)a.out + i * a.out_row);
 }
 
@@ -155,19 +156,30 @@ void rotate_as(const RowArgs& a, int64_t heads, const float* cos, const float* s
     });
 }
 
-inline vf sigmoid(vf x) { return reciprocal(all(1.0f) + exp2<5>(-max(x * all(1.44269504f), all(-126.0f)))); }
+// 1 / (1 + e^-x), as precisely as T's numbers are kept; `by` times x is its exponent to base 2.
+template <class T>
+inline vf sigmoid(vf x, vf by) { return reciprocal<T::TERMS>(all(1.0f) + exp2<T::TERMS>(-max(x * by, all(-126.0f)))); }
 
 template <class T>
 void gate_as(const RowArgs& a, Gate gate) {
     using S = typename T::scalar;
+    constexpr float LOG2E = 1.44269504f;
     each_row(a.rows, a.rows * a.width, a.threads, [&](int64_t i) {
         const S *x = (const S*)a.in + i * a.in_row, *up = x + a.width;
-        const vf scale = all(in_scale(a, i));
-        write_row<T>(a, i, 1.0f, [&](int64_t j, int n) {
-            const vf g = some<T>(x + j, n) * scale;
+        const float scale = in_scale(a, i);
+        const vf one = all(scale), both = all(scale * scale), by = all(scale * LOG2E);
+        if (gate == Gate::silu) {
+            write_row<T>(a, i, 1.0f, [=](int64_t j, int n) {
+                const vf g = some<T>(x + j, n);
+                return g * some<T>(up + j, n) * (sigmoid<T>(g, by) * both);
+            });
+            return;
+        }
+        write_row<T>(a, i, 1.0f, [=](int64_t j, int n) {
+            const vf g = some<T>(x + j, n) * one;
             // tanh form of GELU: (1 + tanh(u)) / 2 = sigmoid(2u)
-            const vf inner = gate == Gate::silu ? g : all(1.5957691f) * fma(all(0.044715f) * g * g, g, g);
-            return g * sigmoid(inner) * some<T>(up + j, n) * scale;
+            const vf inner = fma(all(0.044715f) * g * g, g, g);
+            return g * (some<T>(up + j, n) * one) * sigmoid<T>(inner, all(1.5957691f * LOG2E));
         });
     });
 }

@@ -98,11 +98,13 @@ inline vf highest_each(const vf* v) {
     return tops;
 }
 
-// 1 / x to a unit in the last place, for x in [1, 2^126].
+// 1 / x for x in [1, 2^126]: to a unit in the last place (TERMS 5), or to 1e-4 (TERMS 3).
+template <int TERMS>
 inline vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-    const vf near = (vf)_mm512_rcp14_ps((__m512)x);  // a step of Newton's doubles its bits, and takes less than a division
-    return fma(near, fma(-x, near, all(1.0f)), near);
+    const vf near = (vf)_mm512_rcp14_ps((__m512)x);
+    if constexpr (TERMS == 3) return near;
+    else return fma(near, fma(-x, near, all(1.0f)), near);  // a step of Newton's doubles its bits, and takes less than a division
 #else
     return all(1.0f) / x;
 #endif

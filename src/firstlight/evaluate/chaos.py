@@ -52,8 +52,8 @@ class Chaos:
             return Plan(resume=(rng.choice(sorted(view.units)),))
         if admit:
             return Plan(admit=tuple(admit[:1]))
-        last = [r for r in view.requests.values() if r in free][-1]  # never the first, so that every request ends
-        return Plan(preempt=((last.rid, "recompute"),))
+        last = [r.rid for r in view.requests.values() if r in free][-1:]  # never the first, so that every request ends
+        return Plan(preempt=tuple((rid, "recompute") for rid in last))
 
     def _beside(self, rng: random.Random, events: Sequence[Event], view: View) -> Plan:
         running = next(uid for uid, u in view.units.items() if u.state == "running")
