@@ -19,7 +19,7 @@
 namespace firstlight::FIRSTLIGHT_VARIANT {
 namespace {
 
-constexpr int ROWS = BY_TILES<BF16> ? 96 : 48;  // rows of a tile, at most, if a token's heads allow
+constexpr int ROWS = BY_TILES<BF16> ? 96 : 66;  // rows of a tile, at most, if a token's heads allow: whole strips
 
 // Heads [head, end) of rows [lo, hi), which share a list, as tiles of about equal size.
 void cut(std::vector<Tile>& made, int b, int kv, int head, int end, int lo, int hi, int64_t list) {
@@ -54,6 +54,8 @@ std::vector<Tile> tiles(const AttnArgs& call) {
             }
         }
     }
+    if (call.plan && call.plan->col_ptr)  // lists that gather columns one after the other, since they may be alike
+        std::stable_sort(made.begin(), made.end(), [](const Tile& x, const Tile& y) { return x.b != y.b ? x.b < y.b : x.head < y.head; });
     return made;
 }
 
@@ -83,7 +85,7 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
     std::vector<int> first(work.size() + 1), owner;
     std::vector<size_t> rows(1);
     for (size_t t = 0; t < work.size(); ++t) {
-        scratch<E>().begin(call, work[t]);
+        scratch<E>().walk.begin(call, work[t], work[t].hi - 1);
         const int splits = TileWork<E>(call, work[t], scratch<E>()).num_splits();
         first[t + 1] = first[t] + splits;
         owner.insert(owner.end(), splits, (int)t);
@@ -97,9 +99,10 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
 #pragma omp parallel num_threads(call.threads) reduction(+ : visible)
     {
         [[maybe_unused]] const tmm::Registers held{};
+        scratch<E>().gathered.begin();
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < owner.size(); ++i) {
-            scratch<E>().begin(call, work[owner[i]]);
+            scratch<E>().walk.begin(call, work[owner[i]], work[owner[i]].hi - 1);
             TileWork<E> tile(call, work[owner[i]], scratch<E>());
             any[i] = tile.reduce((int)i - first[owner[i]], part + rows[i] * dim, top + rows[i], total + rows[i]);
             visible += tile.visible();
@@ -123,11 +126,15 @@ int64_t by_tiles(const AttnArgs& call, const std::vector<Tile>& work, float* lse
 #pragma omp parallel num_threads(call.threads) reduction(+ : visible)
     {
         [[maybe_unused]] const tmm::Registers held{};
+        scratch<E>().gathered.begin();
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = first.size() - 1; i > 0; --i) {  // the last rows see most: heavy tiles first
-            scratch<E>().begin(call, work[first[i - 1]]);
+            scratch<E>().walk.begin(call, work[first[i - 1]], work[first[i] - 1].hi - 1);
+            const int other = (int)i - 1 - call.threads;  // what this thread will take then, more or less
             for (int t = first[i - 1]; t < first[i]; ++t) {
                 TileWork<E> tile(call, work[t], scratch<E>());
+                const int next = t + 1 < first[i] ? t + 1 : other >= 0 ? first[other] : t;
+                ask_for<false>(work[next], (const typename E::Model::scalar*)call.q, call.q_row, call.q_head, call.head_dim);
                 tile.whole(lse2);
                 visible += tile.visible();
             }
@@ -173,7 +180,7 @@ void probe(const AttnArgs& call, const std::vector<Tile>& work, const float* lse
             const Job& job = jobs[i];
             float* sums = call.probe_sums[job.b] + job.kv * call.probe_len[job.b];
             for (const Tile& t : in_order(call, work, job.b, job.kv)) {
-                scratch<E>().begin(call, t, true);
+                scratch<E>().walk.begin(call, t, t.hi - 1, true);
                 TileWork<E> tile(call, t, scratch<E>());
                 if (job.split < tile.num_splits()) tile.probe(job.split, call.probe_first[t.b], lse2, sums, call.probe_len[t.b]);
             }

@@ -71,7 +71,7 @@ struct Plain {
         vf of(vf sum, int, int) const { return sum; }
     };
     struct Rows {
-        void resize(size_t) {}
+        void reserve(size_t, size_t) {}
     };
     struct Shares {
         void set(int, const uint32_t*, ptrdiff_t) {}
@@ -110,7 +110,11 @@ struct Eighths {
     struct Rows {
         std::vector<int32_t> start;  // takes the 128 out of K's bytes
         std::vector<float> step;     // what one of q's steps is worth, in powers of two
-        void resize(size_t n) { start.resize(n), step.resize(n); }
+        std::vector<float> turned;   // room for one
+        void reserve(size_t n, size_t dim) {
+            if (start.size() < n) start.resize(n), step.resize(n);
+            if (turned.size() < dim) turned.resize(dim);
+        }
     };
     struct Scores {
         const float *scale, *log;
@@ -134,12 +138,10 @@ struct Eighths {
         }
     };
     static void take(const typename T::scalar* q, int dim, float scale, int8_t* to, Rows& rows, int row) {
-        float* x = row_buffer(dim);
+        float* x = rows.turned.data();
         for (int d = 0; d < dim; d += W) store(x + d, T::widen(q + d));
-        rows.step[row] = quantise(x, dim, (uint8_t*)to) * scale;
-        int32_t sum = 0;
-        for (int d = 0; d < dim; ++d) sum += to[d] = (int8_t)((uint8_t)to[d] ^ 128);
-        rows.start[row] = -128 * sum;
+        const auto [step, total] = quantise<0>(x, dim, (uint8_t*)to);
+        rows.step[row] = step * scale, rows.start[row] = -128 * (int32_t)total;
     }
     static Scores scores(const uint32_t* k, ptrdiff_t dim, const Rows& rows, int row, const Shares& shares, int at) {
         return {scales(k, dim), shares.log + at, &rows.start[row], &rows.step[row]};

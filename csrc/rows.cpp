@@ -61,7 +61,7 @@ inline void write_row(const RowArgs& a, int64_t i, float factor, Value value) {
     float* row = row_buffer(a.width);
     const float* const smooth = a.smooth;  // here, since a store might change what lies behind `a`
     each_vector<F32>(row, a.width, [=](int64_t j, int n) { return value(j, n) * some<F32>(smooth + j, n); });
-    a.out_scale[i] = factor * quantise(row, a.width, (uint8_t*)a.out + i * a.out_row);
+    a.out_scale[i] = factor * quantise<128>(row, a.width, (uint8_t*)a.out + i * a.out_row).step;
 }
 
 template <class T>
@@ -212,19 +212,19 @@ void write_bytes_as(const KVArgs& a) {
         room.resize(a.dim);
         uint8_t* const bytes = room.data();  // found once: looking a thread's own memory up is a call
         const int64_t dim = a.dim;           // here, since bytes may be stored anywhere
-        const auto rounded = [=](const S* x) {
+        const auto widened = [=](const S* x) {
             for (int64_t d = 0; d < dim; d += W) each_vector<F32>(row + d, reach(d, dim), [&](int64_t, int n) { return some<T>(x + d, n); });
-            return quantise(row, dim, bytes);
+            return row;
         };
         for (int64_t h = 0; h < a.heads; ++h) {
             const int64_t slot = a.slots[i * a.heads + h], place = slot % BLOCK, at = slot / BLOCK * (words + BLOCK);
             uint32_t *k = (uint32_t*)a.k_blocks + at, *v = (uint32_t*)a.v_blocks + at;
-            const float k_scale = rounded((const S*)a.k + i * a.k_row + h * dim);
+            const float k_scale = quantise<128>(widened((const S*)a.k + i * a.k_row + h * dim), dim, bytes).step;
             for (int64_t d = 0; d < dim / 4; ++d) std::memcpy(k + d * BLOCK + place, bytes + 4 * d, 4);
             std::memcpy(k + words + place, &k_scale, 4);
-            const float v_scale = std::log2(std::max(rounded((const S*)a.v + i * a.v_row + h * dim), LEAST_SCALE));
+            const float v_scale = std::log2(std::max(quantise<0>(widened((const S*)a.v + i * a.v_row + h * dim), dim, bytes).step, LEAST_SCALE));
             uint8_t* to = (uint8_t*)(v + place / 4 * dim) + place % 4;
-            for (int64_t d = 0; d < dim; ++d) to[4 * d] = bytes[d] ^ 128;
+            for (int64_t d = 0; d < dim; ++d) to[4 * d] = bytes[d];
             std::memcpy(v + words + place, &v_scale, 4);
         }
     });

@@ -1,6 +1,7 @@
 // What a thread keeps while it works on tiles: copies of the columns that a list gathers, rows, scores, sums.
 #pragma once
 
+#include <algorithm>
 #include <new>
 #include <vector>
 
@@ -26,19 +27,27 @@ struct OnLines {
 template <class V>
 using Lines = std::vector<V, OnLines<V>>;
 
-// Columns of one walk as blocks of their own, copied when they are first asked for.
+// Columns of a walk as blocks of their own, copied when they are first asked for. They stay for other walks of the same
+// call: tiles of a head often have a list in common, but for where it ends.
 template <class E>
 class Gathered {
   public:
-    void begin(const Walk& walk) { done_.assign((walk.columns.size() + BLOCK - 1) / BLOCK, false); }
+    // A call begins: what lies in K and V may have changed.
+    void begin() { held_.clear(); }
 
     // Block n of the columns: K, then V.
     const uint32_t* block(const AttnArgs& call, const Tile& tile, const Walk& walk, int n) {
-        const size_t each = 2 * E::words(call.head_dim);
-        if (store_.size() < done_.size() * each) store_.resize(done_.size() * each);
+        const size_t each = 2 * E::words(call.head_dim), all = (walk.columns.size() + BLOCK - 1) / BLOCK;
+        if (held_.size() < all) held_.resize(all), columns_.resize(all * BLOCK);  // for all at once: a tile keeps addresses
+        if (store_.size() < all * each) store_.resize(all * each);
+        const Held wanted{&view_of(call, tile), tile.kv, std::min(BLOCK, (int)walk.columns.size() - n * BLOCK)};
+        const int32_t* columns = &walk.columns[(size_t)n * BLOCK];
         uint32_t* to = &store_[n * each];
-        if (!done_[n]) copy(call, tile, &walk.columns[(size_t)n * BLOCK], std::min(BLOCK, (int)walk.columns.size() - n * BLOCK), to);
-        done_[n] = true;
+        if (!held_[n].has(wanted) || !std::equal(columns, columns + wanted.count, &columns_[(size_t)n * BLOCK])) {
+            copy(call, tile, columns, wanted.count, to);
+            std::copy_n(columns, wanted.count, &columns_[(size_t)n * BLOCK]);
+            held_[n] = wanted;
+        }
         return to;
     }
 
@@ -76,8 +85,15 @@ class Gathered {
         }
     }
 
+    struct Held {
+        const View* view = nullptr;
+        int kv = 0, count = 0;
+        bool has(const Held& other) const { return view == other.view && kv == other.kv && count >= other.count; }
+    };
+
     std::vector<uint32_t> store_;
-    std::vector<bool> done_;
+    std::vector<Held> held_;  // of each block in it
+    std::vector<int32_t> columns_;
 };
 
 // Rows of a strip: those of a whole tile of sums.
@@ -93,19 +109,19 @@ struct Scratch {
     typename E::Rows q_rows;
     typename E::Shares shares;
     Lines<float> part, out;
-    std::vector<float> top, total, best, below;
+    std::vector<float> part_top, part_total, top, total, best, below;
     std::vector<uint64_t> mask;
     // of a strip: scores, then weights; the highest scores of each block and the sums of weights, by lanes; each block's worth
     alignas(64) float score[STRIP<E> * SPLIT], high[SPLIT_BLOCKS * STRIP<E> * W], mass[STRIP<E> * W], worth[STRIP<E> * TOPS];
     uint8_t kept[SPLIT_BLOCKS * STRIP<E>];
-    void begin(const AttnArgs& call, const Tile& tile, bool by_number = false) {
-        walk.begin(call, tile, by_number);
-        gathered.begin(walk);
-    }
     void reserve(int rows, int dim) {
         const size_t n = (size_t)rows;
+        q_rows.reserve(n, dim);
         if (q.size() < n * dim) q.resize(n * dim), part.resize(n * dim), out.resize(n * dim);
-        if (top.size() < n) q_rows.resize(n), top.resize(n), total.resize(n), mask.resize(n * SPLIT_BLOCKS), best.resize(n), below.resize(n);
+        if (top.size() < n) {
+            mask.resize(n * SPLIT_BLOCKS);
+            for (auto* each : {&part_top, &part_total, &top, &total, &best, &below}) each->resize(n);
+        }
     }
 };
 

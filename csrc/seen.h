@@ -46,11 +46,12 @@ class Walk {
   public:
     bool every = true;             // every block of the view; `blocks` isn't filled
     std::vector<int32_t> blocks;   // ascending
-    std::vector<int32_t> columns;  // ascending; all rows of the tile see them, by a window or as columns
+    std::vector<int32_t> columns;  // ascending
     Span places;                   // columns that are read where they lie
 
-    // `by_number`: every block by its number and all columns where they lie, which is what probe sums are added up by.
-    void begin(const AttnArgs& call, const Tile& tile, bool by_number) {
+    // For rows up to `last`. `by_number`: every block by its number and all columns where they lie, which is what probe sums
+    // are added up by.
+    void begin(const AttnArgs& call, const Tile& tile, int last, bool by_number = false) {
         blocks.clear(), columns.clear(), kept_.clear();
         every = true, places = {};
         if (!call.plan || call.plan->band[2 * tile.list + 1] == -1) return;
@@ -63,9 +64,8 @@ class Walk {
         if (by_number) return;
         if (!call.model_window && !plan.skip_log && !places.empty()) {
             const int64_t* tok = view.tok ? view.tok + tile.kv * view.tok_stride : nullptr;
-            const uint8_t* visible = view.visible ? view.visible + tile.kv * view.visible_stride : nullptr;
-            const int64_t before = tok ? std::lower_bound(tok, tok + length, start) - tok : std::min(start, length);
-            part(listed, plan.blk, sink, before / BLOCK * BLOCK, visible);
+            const int64_t reached = tok ? std::upper_bound(tok, tok + length, call.tok[last]) - tok : std::min(length, call.tok[last] + 1);
+            part(listed, plan.blk, sink, reached, view.visible ? view.visible + tile.kv * view.visible_stride : nullptr);
             places = kept_;
         }
         every = window > 0 && view.tok;  // positions that follow no order: look at every block
@@ -87,10 +87,10 @@ class Walk {
     }
 
   private:
-    static constexpr int MANY = BLOCK / 2;  // columns of a block from which on it is read as a whole
+    static constexpr int MANY = BLOCK * 3 / 4;  // columns of a block from which on it is read as a whole
 
-    // Columns before entry `end` that nothing else covers are gathered, unless a block holds many of them.
-    void part(Span listed, int64_t blk, int64_t sink, int64_t end, const uint8_t* visible) {
+    // Columns that nothing else covers are gathered, unless a block holds many of them, and as far as they are reached.
+    void part(Span listed, int64_t blk, int64_t sink, int64_t reached, const uint8_t* visible) {
         const int32_t* i = listed.begin;
         for (const int32_t* c = places.begin; c != places.end;) {
             const int64_t block = *c / BLOCK;
@@ -98,10 +98,11 @@ class Walk {
             for (; c != places.end && *c / BLOCK == block; ++c) {
                 while (i != listed.end && (*i + 1) * blk <= *c) ++i;
                 const bool covered = *c < sink || (i != listed.end && *i * blk <= *c);
-                if (!covered && (*c >= end || !visible || visible[*c])) kept_.push_back(*c);
+                if (!covered && (*c >= reached || !visible || visible[*c])) kept_.push_back(*c);
             }
-            if (block * BLOCK >= end || kept_.size() - kept >= (size_t)MANY) continue;
-            columns.insert(columns.end(), kept_.begin() + kept, kept_.end());
+            if (kept_.size() - kept >= (size_t)MANY) continue;
+            const auto first = kept_.begin() + kept;
+            columns.insert(columns.end(), first, std::lower_bound(first, kept_.end(), reached));
             kept_.resize(kept);
         }
     }
@@ -161,11 +162,14 @@ class Seen {
 
     // The same for `count` gathered columns: what a window covers is seen where it lies.
     Sum columns(const int32_t* at, int count, uint64_t* mask) {
+        const auto tok_of = [this](int32_t entry) { return tok_ ? tok_[entry] : entry; };
+        const bool past = tok_of(at[count - 1]) <= first_;
         Sum sum{0, ~0ull};
         for (int i = 0; i < tile_.hi - tile_.lo; ++i) {
-            uint64_t m = below(count);
+            const int64_t tok = call_.tok[tile_.lo + i], pos = call_.pos[tile_.lo + i];
+            uint64_t m = below(past ? count : std::partition_point(at, at + count, [&](int32_t entry) { return tok_of(entry) <= tok; }) - at);
             for (int j = 0; window_ > 0 && j < count; ++j)
-                if (call_.pos[tile_.lo + i] - (pos_ ? pos_[at[j]] : at[j]) < window_) m &= ~(1ull << j);
+                if (pos - (pos_ ? pos_[at[j]] : at[j]) < window_) m &= ~(1ull << j);
             mask[i] = m, sum.any |= m, sum.every &= m;
         }
         return sum;

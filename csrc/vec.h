@@ -67,11 +67,15 @@ inline float highest(vf v) {
     return top;
 }
 inline float sum(vf v) {  // in pairs, always the same ones
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float part[W];
     store(part, v);
     for (int n = W / 2; n; n /= 2)
         for (int i = 0; i < n; ++i) part[i] += part[i + n];
     return part[0];
+#endif
 }
 #if defined(__AVX512F__)
 inline float highest_fast(vf v) { return _mm512_reduce_max_ps((__m512)v); }

@@ -249,6 +249,18 @@ def test_unseen_entries_are_not_touched(name: str, free: bool, spec: Spec, data:
     assert not torch.isnan(bad.out[r0:r1]).any()
 
 
+@each_backend
+@pytest.mark.parametrize("int8", [False, True])
+def test_every_call_reads_what_lies_there_now(name: str, int8: bool) -> None:
+    """Columns that were gathered for a call are of no use to the next one."""
+    call = build(Spec(dim=64, dtype=BF16, int8=int8, plan="columns"))
+    run(name, call)
+    number = torch.arange(1, call.layout.k.shape[0]).repeat_interleave(BLOCK) * BLOCK
+    slots = (number + torch.arange(BLOCK).repeat(call.layout.k.shape[0] - 1))[:, None]
+    call.layout.write(slots, *torch.randn(2, len(slots), 1, 64).bfloat16())
+    assert_agrees(run(name, call), judge(call))
+
+
 # --- parts of a set join to the set -----------------------------------------------------------------------------------
 
 
