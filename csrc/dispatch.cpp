@@ -20,9 +20,10 @@ namespace firstlight {
     void rotate(const RowArgs&, int64_t, const float*, const float*, const float*, float); \
     void gate_mul(const RowArgs&, Gate);                                           \
     void write_kv(const KVArgs&);                                                  \
+    void read_keys(const KeysArgs&);                                               \
     void matmul(const MatmulArgs&, Weights);                                       \
     static const Kernels kernels{#name, attend, rms_norm, add_norm, add_rows, copy_rows, \
-                                 shift_rows, rotate, gate_mul, write_kv, matmul};  \
+                                 shift_rows, rotate, gate_mul, write_kv, read_keys, matmul}; \
     }
 FIRSTLIGHT_DECLARE(portable)
 FIRSTLIGHT_DECLARE(avx2)

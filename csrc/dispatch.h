@@ -21,6 +21,7 @@ struct Kernels {
     Rotate rotate;
     GateMul gate_mul;
     WriteKV write_kv;
+    ReadKeys read_keys;
     Matmul matmul;
 };
 

@@ -6,6 +6,7 @@
 // them the largest weight that a row has in a block is about 250, and the weights too are bytes.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "attention.h"
@@ -141,7 +142,8 @@ struct Eighths {
         float* x = rows.turned.data();
         for (int d = 0; d < dim; d += W) store(x + d, T::widen(q + d));
         const auto [step, total] = quantise<0>(x, dim, (uint8_t*)to);
-        rows.step[row] = step * scale, rows.start[row] = -128 * (int32_t)total;
+        rows.step[row] = step * scale;
+        rows.start[row] = std::fabs(total) < 1e6f ? -128 * (int32_t)total : 0;  // q may hold no numbers
     }
     static Scores scores(const uint32_t* k, ptrdiff_t dim, const Rows& rows, int row, const Shares& shares, int at) {
         return {scales(k, dim), shares.log + at, &rows.start[row], &rows.step[row]};

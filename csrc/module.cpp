@@ -117,6 +117,13 @@ NB_MODULE(_native, m) {
             perform([=, kernels = active] { kernels->write_kv(call); });
         },
         unlocked);
+    m.def(
+        "read_keys",
+        [](Address k_blocks, Address table, Address out, int64_t blocks, int64_t dim, int threads, bool bf16) {
+            const KeysArgs call{at<void>(k_blocks), at<int32_t>(table), at<void>(out), blocks, dim, threads, bf16};
+            perform([=, kernels = active] { kernels->read_keys(call); });
+        },
+        unlocked);
     m.def("bind", bind, unlocked, nb::arg("cores"), "this thread and those that compute for it stay on these cores, given as lists of CPUs");
     m.def("unbind", unbind, "this thread may run anywhere again");
     m.def("trim", [] {  // give free memory back to the system

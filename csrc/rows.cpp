@@ -230,6 +230,23 @@ void write_bytes_as(const KVArgs& a) {
     });
 }
 
+template <class T>
+void read_keys_as(const KeysArgs& a) {
+    const int64_t words = BLOCK * a.dim / 4;
+    const float unit = __builtin_sqrtf((float)hadamard_block(a.dim));
+    each_row(a.blocks * BLOCK, a.blocks * BLOCK * a.dim, a.threads, [&](int64_t i) {
+        float* row = row_buffer(a.dim);
+        const int64_t place = i % BLOCK, dim = a.dim;
+        const uint32_t* k = (const uint32_t*)a.k_blocks + a.table[i / BLOCK] * (words + BLOCK) + place;
+        float scale;
+        std::memcpy(&scale, k + words, sizeof scale);
+        for (int64_t d = 0; d < dim; d += 4)
+            for (int b = 0; b < 4; ++b) row[d + b] = (float)((int)(k[d / 4 * BLOCK] >> 8 * b & 255) - 128) * scale;
+        hadamard(row, dim);
+        each_vector<T>((typename T::scalar*)a.out + i * dim, dim, [&](int64_t d, int n) { return some<F32>(row + d, n) / all(unit); });
+    });
+}
+
 }  // namespace
 
 void rms_norm(const RowArgs& a, const float* gain, float eps) { (a.bf16 ? norm_as<BF16> : norm_as<F32>)(a, gain, eps); }
@@ -247,5 +264,6 @@ void write_kv(const KVArgs& a) {
     if (a.bytes) (a.bf16 ? write_bytes_as<BF16> : write_bytes_as<F32>)(a);
     else (a.bf16 ? write_as<BF16> : write_as<F32>)(a);
 }
+void read_keys(const KeysArgs& a) { (a.bf16 ? read_keys_as<BF16> : read_keys_as<F32>)(a); }
 
 }  // namespace firstlight::FIRSTLIGHT_VARIANT

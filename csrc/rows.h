@@ -34,6 +34,15 @@ struct KVArgs {
     bool bytes;  // into blocks of bytes
 };
 
+struct KeysArgs {
+    const void* k_blocks;  // of bytes
+    const int32_t* table;  // [blocks]
+    void* out;             // [64 blocks, D]
+    int64_t blocks, dim;
+    int threads;
+    bool bf16;  // of `out`
+};
+
 // Norm of rows of the model's type into rows of it.
 using RmsNorm = void (*)(const RowArgs&, const float* gain, float eps);
 // Residual rows `x` of float32 (those of `out` count) += `in` of the model's type, if there is any; then their norm.
@@ -48,5 +57,7 @@ using ShiftRows = void (*)(const RowArgs&, const float* by);
 using Rotate = void (*)(const RowArgs&, int64_t heads, const float* cos, const float* sin, const float* gain, float eps);
 using GateMul = void (*)(const RowArgs&, Gate);
 using WriteKV = void (*)(const KVArgs&);
+// Keys out of blocks of bytes, turned back.
+using ReadKeys = void (*)(const KeysArgs&);
 
 }  // namespace firstlight

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "attention.h"
@@ -89,7 +90,8 @@ class Walk {
   private:
     static constexpr int MANY = BLOCK * 3 / 4;  // columns of a block from which on it is read as a whole
 
-    // Columns that nothing else covers are gathered, unless a block holds many of them, and as far as they are reached.
+    // Columns that nothing else covers are gathered, as far as they are reached and seen, unless a list has many of a block:
+    // the list alone decides, since a row's sums must not hang on who is in the call.
     void part(Span listed, int64_t blk, int64_t sink, int64_t reached, const uint8_t* visible) {
         const int32_t* i = listed.begin;
         for (const int32_t* c = places.begin; c != places.end;) {
@@ -98,11 +100,11 @@ class Walk {
             for (; c != places.end && *c / BLOCK == block; ++c) {
                 while (i != listed.end && (*i + 1) * blk <= *c) ++i;
                 const bool covered = *c < sink || (i != listed.end && *i * blk <= *c);
-                if (!covered && (*c >= reached || !visible || visible[*c])) kept_.push_back(*c);
+                if (!covered) kept_.push_back(*c);
             }
             if (kept_.size() - kept >= (size_t)MANY) continue;
-            const auto first = kept_.begin() + kept;
-            columns.insert(columns.end(), first, std::lower_bound(first, kept_.end(), reached));
+            const auto first = kept_.begin() + kept, last = std::lower_bound(first, kept_.end(), reached);
+            std::copy_if(first, last, std::back_inserter(columns), [=](int32_t entry) { return !visible || visible[entry]; });
             kept_.resize(kept);
         }
     }

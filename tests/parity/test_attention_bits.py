@@ -102,6 +102,16 @@ def test_a_split_that_a_slice_does_not_see_keeps_its_place(name: str, dtype: tor
     assert_same_bits(run(name, call, (16,)), run(name, call))
 
 
+@each_backend
+@each_blocks
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_list_alone_decides_what_is_gathered(name: str, dtype: torch.dtype, int8: bool, group: int) -> None:
+    """Not how many of its columns are hidden from the rows that happen to be there."""
+    req = Req(0, 64)
+    call = build(Spec(group=group, dtype=dtype, int8=int8, reqs=(req,), plan="every column", hidden=0.5))
+    assert_same_bits(run(name, call, (10, 20, 40)), run(name, call))
+
+
 def chunks(name: str, call: AttnCall, ends: list[int]) -> None:
     """Compare rows of request 0, chunk by chunk on a growing view, with the whole call."""
     whole = run(name, call)

@@ -56,6 +56,17 @@ def test_python_and_the_kernel_store_the_same(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(*scales, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 48, 64, 128, 256])
+def test_python_and_the_kernel_read_the_same(dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, table = written(100, dim, dtype)[0], torch.tensor([[1, 2], [5, 4]], dtype=torch.int32)
+    compiled = layout.read_keys(table)
+    monkeypatch.setattr(kv_layout, "lib", None)
+    torch.testing.assert_close(
+        compiled, layout.read_keys(table), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-6
+    )
+
+
 def test_an_entry_of_zeros_and_a_huge_one() -> None:
     layout = Int8Layout(2, 64, torch.float32)
     k = torch.stack([torch.zeros(64), torch.full((64,), 1e30), torch.full((64,), 1e-30)])[:, None]

@@ -217,10 +217,15 @@ class Int8Layout(KVLayout):
 
     def read_keys(self, table: Tensor) -> Tensor:
         """k [H, 64 nb, D] alone."""
-        blocks = table.reshape(-1)
-        k8 = self._k8.index_select(0, blocks).transpose(1, 2).reshape(-1, BLOCK, self.head_dim)
-        k = self._keys(k8, self._k_scale.index_select(0, blocks))
-        return k.view(table.shape[0], table.shape[1] * BLOCK, self.head_dim)
+        shape = (table.shape[0], table.shape[1] * BLOCK, self.head_dim)
+        if lib is None:
+            blocks = table.reshape(-1)
+            k8 = self._k8.index_select(0, blocks).transpose(1, 2).reshape(-1, BLOCK, self.head_dim)
+            return self._keys(k8, self._k_scale.index_select(0, blocks)).view(shape)
+        numbers, out = table.to(torch.int32).contiguous(), torch.empty(shape, dtype=self.dtype)
+        where = (self.k.data_ptr(), numbers.data_ptr(), out.data_ptr(), numbers.numel(), self.head_dim)
+        lib.read_keys(*where, torch.get_num_threads(), self.dtype == torch.bfloat16)
+        return out
 
     def seen(self, q: Tensor) -> Tensor:
         """Queries [.., D] as scores see them: rounded as keys are."""
