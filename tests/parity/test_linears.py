@@ -6,6 +6,9 @@ exact, so these products are those of any other exact kernel, oneDNN's too, bit 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -129,6 +132,22 @@ def test_logits_are_as_good_as_float32s(name: str, dtype: torch.dtype) -> None:
     best = want.topk(16).indices
     assert got.dtype == F32 and (got - want).gather(1, best).abs().max() <= 1e-5 * want.abs().max()
     assert torch.equal(got.argmax(1), want.argmax(1)) and torch.equal(linears.head_rows(best), w[best])
+
+
+NARROW = """
+import torch
+from firstlight.kernels.torch.ops import PackedLinears, linear
+x, w = torch.randn(9, 96).bfloat16(), torch.randn(500, 96).bfloat16()
+for made in (PackedLinears([("q", w)])("q", x), linear(x, w), linear(x[:1], w)):
+    torch.testing.assert_close(made.float(), x[: len(made)].float() @ w.float().T, rtol=2**-8, atol=1e-4)
+    assert made.dtype == torch.bfloat16
+"""
+
+
+def test_a_processor_without_bf16_products_has_float32s() -> None:
+    """PyTorch's operators below AVX-512, where oneDNN refuses bf16."""
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert subprocess.run([sys.executable, "-c", NARROW], env=env, check=False).returncode == 0
 
 
 @each_variant

@@ -122,6 +122,8 @@ def capped(x: Tensor, cap: float) -> Tensor:
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x [n, I], w [O, I] (plain or packed) -> x w^T [n, O]; few rows are padded to MIN_ROWS."""
+    if x.dtype != _multiplied(x.dtype):
+        return linear(x.float(), w if w.is_mkldnn else w.float()).to(x.dtype)
     n = x.shape[0]
     if n < MIN_ROWS:
         return linear(F.pad(x, (0, 0, 0, MIN_ROWS - n)), w)[:n]
@@ -129,12 +131,18 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def _multiplied(dtype: torch.dtype) -> torch.dtype:
+    """What oneDNN multiplies numbers of this type as: it has no products of bf16 below AVX-512."""
+    narrow = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if narrow else dtype
+
+
 class OneDnn:
     """A linear's weights in oneDNN's own layout, which can't be kept: packed at each start."""
 
     def __init__(self, w: Tensor) -> None:
         self.shape = tuple(w.shape)
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(w, _PACK_ROWS)
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(w.to(_multiplied(w.dtype)), _PACK_ROWS)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [n, I] -> [n, O]."""
