@@ -42,7 +42,7 @@ struct Span {
 
 // What a plan's tile reads and in which order: blocks of the view that its list, sink or window touch, then the columns
 // of blocks that hold few of them, gathered. It follows from the list and the tile's ordinals, never from the rows that
-// happen to be in the call, so the parts that a row's sums are made of are its own.
+// happen to be in the call, but for where its columns end, so the parts that a row's sums are made of are its own.
 class Walk {
   public:
     bool every = true;             // every block of the view; `blocks` isn't filled

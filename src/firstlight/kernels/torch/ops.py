@@ -10,6 +10,7 @@ Around int8 linears rows come with a `scale` f32 [n] that they are still to be m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -131,6 +132,7 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+@functools.cache
 def _multiplied(dtype: torch.dtype) -> torch.dtype:
     """What oneDNN multiplies numbers of this type as: it has no products of bf16 below AVX-512."""
     narrow = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
