@@ -15,7 +15,6 @@
 
 namespace nb = nanobind;
 using namespace firstlight;
-using Address = uintptr_t;
 
 namespace {
 
@@ -62,18 +61,20 @@ int64_t attend(Numbers call, Address plan, std::optional<Numbers> probe, Address
     a.num_heads = c[9], a.num_kv_heads = c[10], a.head_dim = c[11];
     a.num_requests = c[12], a.row_ptr = at<int64_t>(c[13]), a.tok = at<int64_t>(c[14]), a.pos = at<int64_t>(c[15]);
     a.model_window = c[16];
-    a.views = at<int64_t>(views), a.scale = scale, a.cap = cap, a.r0 = r0, a.r1 = r1, a.threads = threads;
+    a.scale = scale, a.cap = cap, a.r0 = r0, a.r1 = r1, a.threads = threads;
     if (probe) {
         const int64_t *p = probe->data(), n = a.num_requests;
         a.probe_first = p, a.probe_sums = (float* const*)(p + n), a.probe_len = p + 2 * n;
     }
     if (recorder && probe) recorder->is_whole = false;  // its sums are this call's alone
     nb::gil_scoped_release free;
-    return perform([kernels = active, a, p = at<int64_t>(plan), bf16, bytes]() mutable {
-        const PlanLists lists = p ? lists_of(p) : PlanLists{};
-        a.plan = lists.num_lists ? &lists : nullptr;
-        return kernels->attend(a, bf16, bytes);
-    });
+    return perform(
+        [kernels = active, bf16, bytes](AttnArgs a, Address views, Address plan) {
+            const PlanLists lists = plan ? lists_of(at<int64_t>(plan)) : PlanLists{};
+            a.views = at<int64_t>(views), a.plan = lists.num_lists ? &lists : nullptr;
+            return kernels->attend(a, bf16, bytes);
+        },
+        a, views, plan);
 }
 
 float* as(Address a) { return at<float>(a); }
@@ -86,9 +87,13 @@ template <auto op, class... Own>
 auto row_operator() {
     return [](Address in, Address out, int64_t in_row, int64_t out_row, int64_t rows, int64_t width, int threads,
               bool bf16, Address in_scale, Address out_scale, Address smooth, Own... own) {
-        const RowArgs common{at<void>(in), at<void>(out), in_row, out_row, rows, width, threads,
-                             bf16, as(in_scale), as(out_scale), as(smooth)};
-        perform([=, kernels = active] { (kernels->*op)(common, as(own)...); });
+        perform(
+            [=, kernels = active](Address in, Address out, Address in_scale, Address out_scale, Address smooth, Own... own) {
+                const RowArgs common{at<void>(in), at<void>(out), in_row, out_row, rows, width, threads,
+                                     bf16, as(in_scale), as(out_scale), as(smooth)};
+                (kernels->*op)(common, as(own)...);
+            },
+            in, out, in_scale, out_scale, smooth, own...);
     };
 }
 
@@ -113,8 +118,11 @@ NB_MODULE(_native, m) {
     m.def(
         "write_kv",
         [](Address k, Address v, int64_t k_row, int64_t v_row, Address k_blocks, Address v_blocks, Address slots, int64_t rows, int64_t heads, int64_t dim, int threads, bool bf16, bool bytes) {
-            const KVArgs call{at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16, bytes};
-            perform([=, kernels = active] { kernels->write_kv(call); });
+            perform(
+                [=, kernels = active](Address slots) {
+                    kernels->write_kv({at<void>(k), at<void>(v), k_row, v_row, at<void>(k_blocks), at<void>(v_blocks), at<int64_t>(slots), rows, heads, dim, threads, bf16, bytes});
+                },
+                slots);
         },
         unlocked);
     m.def(
@@ -134,8 +142,11 @@ NB_MODULE(_native, m) {
     m.def(
         "matmul",
         [](Address x, Address w, Address out, int64_t x_row, int64_t out_row, int64_t rows, int64_t width, int64_t outputs, int threads, int weights, bool wide, Address scale, Address start, Address blocks) {
-            const MatmulArgs call{at<void>(x), x_row, at<void>(w), at<void>(out), out_row, rows, width, outputs, threads, wide, as(scale), at<int32_t>(start), at<Blocks>(blocks)};
-            perform([=, kernels = active] { kernels->matmul(call, (Weights)weights); });
+            perform(
+                [=, kernels = active](Address w, Address scale, Address start, Address blocks) {
+                    kernels->matmul({at<void>(x), x_row, at<void>(w), at<void>(out), out_row, rows, width, outputs, threads, wide, as(scale), at<int32_t>(start), at<Blocks>(blocks)}, (Weights)weights);
+                },
+                w, scale, start, blocks);
         },
         unlocked);
     nb::class_<Bell>(m, "Bell", "calls whoever drives a tape away from it")
@@ -147,7 +158,7 @@ NB_MODULE(_native, m) {
         .def_rw("is_whole", &Tape::is_whole, "whether running it does all that was done in the recording")
         .def_rw("holds", &Tape::holds, "whether calls are noted only, to be made when it is run")
         .def("note", [](Tape& tape, nb::callable function, nb::tuple args) {
-            tape.calls.emplace_back([function = std::move(function), args = std::move(args)] {
+            tape.note([function = std::move(function), args = std::move(args)] {
                 nb::gil_scoped_acquire held;
                 function(*args);
             });
@@ -156,6 +167,7 @@ NB_MODULE(_native, m) {
             tape.calls.insert(tape.calls.end(), other.calls.begin(), other.calls.end());
             tape.is_whole &= other.is_whole;
         }, nb::arg("other"), "what another tape does, afterwards")
+        .def("repeat", &Tape::repeat, nb::arg("tape"), nb::arg("begin"), nb::arg("end"), nb::arg("old"), nb::arg("new"), "calls [begin, end) of a tape, afterwards, with new addresses for old ones")
         .def("__len__", [](const Tape& tape) { return tape.calls.size(); })
         .def("run", &Tape::run, unlocked, nb::arg("begin") = 0, nb::arg("end") = SIZE_MAX, "make calls [begin, end)")
         .def("timed", &Tape::timed, unlocked, nb::arg("begin"), nb::arg("ends"), nb::arg("bell"), "make calls from `begin` up to each of these ends, till the bell rings; the seconds of each stretch");

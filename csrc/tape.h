@@ -4,7 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstddef>
-#include <functional>
+#include <cstdint>
+#include <memory>
+#include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -22,16 +25,64 @@ struct Bell {
     void ring() { until = Clock::duration{}; }
 };
 
+// Addresses are of this type in every call, and no other number is.
+using Address = uintptr_t;
+
+// What lies elsewhere when a call is made again, and where.
+struct Moves {
+    std::unordered_map<Address, Address> to;
+
+    Address operator()(Address a) const {
+        const auto found = to.find(a);
+        return found == to.end() ? a : found->second;
+    }
+    template <class T>
+    const T& operator()(const T& operand) const {
+        return operand;
+    }
+};
+
+struct Call {
+    virtual ~Call() = default;
+    virtual void make() const = 0;
+    virtual std::shared_ptr<const Call> moved(const Moves& moves) const = 0;  // the same with other addresses
+};
+
+template <class Function, class... Operands>
+struct CallOf final : Call {
+    Function function;
+    std::tuple<Operands...> operands;
+
+    CallOf(Function f, std::tuple<Operands...> o) : function(std::move(f)), operands(std::move(o)) {}
+    void make() const override { std::apply(function, operands); }
+    std::shared_ptr<const Call> moved(const Moves& moves) const override {
+        const auto move = [&](const Operands&... each) { return std::tuple<Operands...>(moves(each)...); };
+        return std::make_shared<CallOf>(function, std::apply(move, operands));
+    }
+};
+
 struct Tape {
-    std::vector<std::function<void()>> calls;
+    std::vector<std::shared_ptr<const Call>> calls;
     bool is_whole = true;  // running it does all that was done in the recording
     bool holds = false;    // what it hears isn't done before it is run
 
     void run(size_t begin, size_t end) const {
-        for (size_t i = begin; i < end && i < calls.size(); ++i) calls[i]();
+        for (size_t i = begin; i < end && i < calls.size(); ++i) calls[i]->make();
     }
 
-    // The same up to each of these ends, till the bell rings: the seconds that each stretch took. One at least.
+    template <class Function, class... Operands>
+    void note(Function function, Operands... operands) {
+        calls.push_back(std::make_shared<CallOf<Function, Operands...>>(std::move(function), std::tuple(operands...)));
+    }
+
+    // Calls [begin, end) of a tape, afterwards, with new addresses for old ones.
+    void repeat(const Tape& tape, size_t begin, size_t end, const std::vector<Address>& old, const std::vector<Address>& fresh) {
+        Moves moves;
+        for (size_t i = 0; i < old.size(); ++i) moves.to[old[i]] = fresh[i];
+        for (size_t i = begin; i < end; ++i) calls.push_back(tape.calls[i]->moved(moves));
+    }
+
+    // Calls from `begin` up to each of these ends, till the bell rings: the seconds that each stretch took. One at least.
     std::vector<double> timed(size_t begin, const std::vector<size_t>& ends, const Bell& bell) const {
         std::vector<double> seconds;
         auto before = Clock::now();
@@ -49,10 +100,11 @@ struct Tape {
 inline thread_local Tape* recorder = nullptr;  // the tape that hears this thread's calls
 
 // Makes a call, and notes it where somebody listens; what it points to must outlive the tape. 0 where it is only noted.
-template <class Call>
-auto perform(Call call) {
-    if (recorder) recorder->calls.emplace_back(call);
-    return recorder && recorder->holds ? decltype(call())() : call();
+template <class Function, class... Operands>
+auto perform(Function function, Operands... operands) {
+    using Made = decltype(function(operands...));
+    if (recorder) recorder->note(function, operands...);
+    return recorder && recorder->holds ? Made() : function(operands...);
 }
 
 }  // namespace firstlight

@@ -114,7 +114,7 @@ def tiny_engine(family: str = "llama", num_layers: int = 2, **options: Any) -> E
     given = Options(**({"precision": "f32", "max_num_seqs": 8} | options))
     dtype = torch.float32 if given.precision == "f32" else torch.bfloat16
     config, weights = tiny_config(num_layers, family), tiny_weights(dtype, num_layers, family)
-    return build_engine(config, weights, given, "tiny")
+    return build_engine(config, weights, given, f"tiny-{family}-{num_layers}")
 
 
 def save_tiny(folder: Path, num_layers: int = 2) -> Path:

@@ -140,6 +140,21 @@ def test_a_recording_leaves_pytorchs_compiler_alone() -> None:
 
 
 @torch.inference_mode()
+def test_a_repeated_call_finds_its_operands_elsewhere() -> None:
+    """Addresses that are named move, others and plain numbers stay."""
+    x, memory, other = rows(0, 5, 64), Memory(), torch.linspace(1, 3, 64)
+    want = ops.silu_mul(ops.rms_norm(x, other, 1e-5).clone())
+    with holding(memory) as first:
+        ops.rms_norm(x, other, 1e-5)
+        made = ops.silu_mul(ops.rms_norm(x, GAIN, 1e-5))
+    with holding(memory) as tape:
+        tape.repeat(first, 1, 3, [GAIN.data_ptr()], [other.data_ptr()])
+    assert isinstance(made, Tensor) and isinstance(want, Tensor) and len(tape) == 2
+    tape.run()
+    assert torch.equal(made, want)
+
+
+@torch.inference_mode()
 def test_held_calls_are_made_when_the_tape_is_run_and_not_before() -> None:
     x, memory = rows(0, 5, 64), Memory()
     want = ops.silu_mul(ops.rms_norm(x, GAIN, 1e-5).clone())

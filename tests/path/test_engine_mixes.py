@@ -115,7 +115,7 @@ class ParksHalf(RowPolicy):
     ("schedule", "num_preempted", "num_yielded"),
     [
         ("layered:stage_tokens=16,max_tokens=90", 3, 0),
-        ("flowprefill:decode_every_ms=1,batch_tokens=90,max_parked=1", 3, 20),
+        ("flowprefill:decode_every_ms=1,batch_tokens=90,max_parked=1", 1, 20),
     ],
 )
 @pytest.mark.parametrize("parked", [False, True], ids=["plain", "barrier"])

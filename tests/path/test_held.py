@@ -14,6 +14,7 @@ from firstlight.core import schedule as told
 from firstlight.core.request import Request, SamplingParams
 from firstlight.core.schedule import Event, Plan
 from firstlight.core.view import View
+from firstlight.engine.forward import Pass
 from firstlight.engine.held import Held
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.native import lib
@@ -28,10 +29,10 @@ FAMILIES = ["llama", "qwen2", "qwen3", "gemma3"]
 
 
 def run(
-    family: str, holds: bool, slow: bool, cancel_at: int = -1, patience_s: float = 0.0
+    family: str, holds: bool, slow: bool, cancel_at: int = -1, patience_s: float = 0.0, precision: str = "f32"
 ) -> tuple[dict[str, list[Tensor]], list[int]]:
     """Logits of three requests, and the layers at whose ends passes stopped. `slow`: passes stop inside layers."""
-    engine = tiny_engine(family, LAYERS, schedule="sarathi:token_budget=96")
+    engine = tiny_engine(family, LAYERS, schedule="sarathi:token_budget=96", precision=precision)
     machine, seen, stops = engine.machine, dict[str, list[Tensor]](), list[int]()
     machine.holds, machine.steady.most, engine.patience_s = holds, 0, patience_s
     if slow:
@@ -63,8 +64,8 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each stretch the number of layers."""
     counts, inner = list[int](), Held.__init__
 
-    def counted(held: Held, batch: object, layers: range, waits: bool, compute: object) -> None:
-        inner(held, batch, layers, waits, compute)  # type: ignore[arg-type]
+    def counted(held: Held, batch: Any, layers: range, *how: Any) -> None:
+        inner(held, batch, layers, *how)
         counts.append(held.end - layers.start)
 
     monkeypatch.setattr(Held, "__init__", counted)
@@ -80,6 +81,32 @@ def test_noted_layers_are_as_others(family: str, slow: bool, noted: list[int]) -
     assert others == stops
     assert got.keys() == want.keys() and all(torch.equal(torch.stack(got[r]), torch.stack(want[r])) for r in want)
     assert set(noted) == {LAYERS, *([1] if family == "gemma3" else [])}  # a window's blocks are freed in between
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_layers_of_one_form_are_computed_once(family: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a layer has of its own moves: weights, gains, biases, centres, where K/V go and are read."""
+    want, _ = run(family, False, False, precision=precision)
+    computed, inner = list[int](), Pass._compute
+    monkeypatch.setattr(Pass, "_compute", lambda p, layer, batch: computed.append(layer) or inner(p, layer, batch))
+    got, _ = run(family, True, False, precision=precision)
+    assert set(computed) == {0}
+    assert got.keys() == want.keys() and all(torch.equal(torch.stack(got[r]), torch.stack(want[r])) for r in want)
+
+
+@pytest.mark.parametrize("schedule", ["layered:stage_tokens=32", "flowprefill", "sarathi"])
+def test_books_of_repeated_layers(schedule: str) -> None:
+    """Rows computed and keys read are counted in each layer, however its calls came about."""
+    reports = []
+    for holds in (False, True):
+        engine = tiny_engine("llama", LAYERS, schedule=schedule)
+        engine.machine.holds = holds
+        live = engine.add(Request("0", list(range(1, 100)), SamplingParams(max_tokens=2, ignore_eos=True)))
+        while engine.has_work:
+            engine.step()
+        reports.append((live.computed, live.stats.dense, live.stats.visible, live.kv.peak_nbytes))
+    assert reports[0] == reports[1] and reports[0][0] == [99] * LAYERS
 
 
 @pytest.mark.parametrize("cancel_at", range(1, 2 * LAYERS, 2))
@@ -124,7 +151,7 @@ def test_news_end_patience(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.patience_s = 60.0
     inner = Held.__init__
 
-    def cancelling(held: Held, batch: Any, layers: range, waits: bool, compute: Any) -> None:
+    def cancelling(held: Held, batch: Any, layers: range, waits: bool, compute: Any, _own: Any) -> None:
         def with_news(number: int) -> Iterator[Stop]:
             held._tape.note(begun.append, (number,))
             first = next(stops := compute(number))

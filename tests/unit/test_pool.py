@@ -62,6 +62,23 @@ def test_a_block_comes_back_zeroed() -> None:
     assert (pool.layout.k[ids] == 0).all() and (pool.layout.v[ids] == 0).all()
 
 
+@pytest.mark.parametrize("n", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_what_is_not_written_is_zeroed(n: int) -> None:
+    """And no more: blocks that rows fill aren't touched."""
+    pool = Pool(16, D, torch.float32)
+    used = pool.take(16)
+    pool.layout.k[1:] = pool.layout.v[1:] = torch.nan
+    pool.release(used)
+    kv, tok = RequestKV(pool, 2, 2), torch.arange(n)
+    kv.provide((0, 2), n, n)
+    blocks = torch.from_numpy(kv.table[:, :, : n // BLOCK].astype(np.int64).ravel())
+    assert pool.layout.k[blocks].isnan().all()
+    for layer in range(2):
+        kv.write(layer, tok, tok, torch.ones(n, 2, D), torch.ones(n, 2, D))
+    held = torch.from_numpy(kv.table.astype(np.int64).ravel())
+    assert not pool.layout.k[held].isnan().any() and not pool.layout.v[held].isnan().any()
+
+
 def test_releasing_twice_is_caught() -> None:
     pool = Pool(3, D, torch.float32)
     ids = pool.take(1)

@@ -165,7 +165,7 @@ def test_recipes_are_kept_apart() -> None:
     roots = set()
     for engine in (exact, band, again):
         engine.admission.cache = exact.cache
-        facts = ("tiny", str(engine.pool.layout.dtype), recipe(engine.parts))
+        facts = ("tiny-llama-2", str(engine.pool.layout.dtype), recipe(engine.parts))
         engine.admission.root = exact.cache.root(*facts)
         roots.add(engine.admission.root)
     assert len(roots) == 3

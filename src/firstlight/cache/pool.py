@@ -55,8 +55,11 @@ class Pool:
         """What a policy may still promise: free or evictable, and not reserved."""
         return self._num_free + self._num_cached - self.reserved
 
-    def take(self, count: int) -> Ids:
-        """`count` block numbers, ascending (fresh pools give runs), held once. The caller has made sure they exist."""
+    def take(self, count: int, blank: NDArray[np.bool_] | None = None) -> Ids:
+        """`count` block numbers, ascending (fresh pools give runs), held once. The caller has made sure they exist.
+
+        `blank`: those that must be zeros, all by default; of the others every place is written before anybody reads it.
+        """
         if count > self._num_free:
             self.reclaim(count - self._num_free)
         assert count <= self._num_free, f"{count} blocks wanted, {self._num_free} free: an admission broke its promise"
@@ -64,7 +67,8 @@ class Pool:
         ids = np.sort(self._free[self._num_free : self._num_free + count])
         self._held[ids] = 1
         self.changed(ids)
-        self.layout.clear(torch.from_numpy(ids[self._touched[ids]].astype(np.int64)))
+        used = self._touched[ids] if blank is None else self._touched[ids] & blank
+        self.layout.clear(torch.from_numpy(ids[used].astype(np.int64)))
         self._touched[ids] = True
         return ids
 

@@ -36,6 +36,10 @@ class Places(NamedTuple):
     ends: NDArray[np.int64]
     """[layers, Hkv]: entries that rows hold with them."""
 
+    def part(self, first: int, count: int) -> Places:
+        """Of some of the layers."""
+        return Places(self.slots[first : first + count], self.ends[first : first + count])
+
 
 class RequestKV:
     """The table [L, Hkv, max_blocks] of one request over the pool."""
@@ -87,15 +91,16 @@ class RequestKV:
         """Blocks that rows of these layers lack for `more` entries each."""
         return int(self._lack(layers, more).sum())
 
-    def provide(self, layers: tuple[int, int], more: int) -> None:
+    def provide(self, layers: tuple[int, int], more: int, written: int = 0) -> None:
         """Take the blocks that rows of these layers lack for `more` entries: whole columns while all are alike.
 
+        `written`: entries below this one are all written before anybody reads the rows.
         Rows with a window take theirs when they are written, a layer after the other, unless it is the next token's.
         """
         lack = self._lack(layers, more)
         if self.windows is not None and more > 1:
             lack[self.windows.rows[layers[0] : layers[1]]] = 0
-        self._fill(layers, lack)
+        self._fill(layers, lack, written)
 
     def leave_behind(self, layers: Iterable[int], done: int) -> None:
         """Free blocks behind layers' windows, which rows from ordinal `done` on can't read; they stay promised."""
@@ -120,12 +125,11 @@ class RequestKV:
         if self.windows is not None:
             self.reserve(min(self.reserved, self.missing((0, self.table.shape[0]), 1)))
 
-    def _fill(self, layers: tuple[int, int], lack: NDArray[np.int64]) -> None:
+    def _fill(self, layers: tuple[int, int], lack: NDArray[np.int64], written: int = 0) -> None:
         """Take lack [layers, Hkv] blocks for the ends of rows."""
         count = int(lack.sum())
         if count == 0:
             return
-        ids = self._take(count)
         width = int((self.num_blocks[layers[0] : layers[1]] + lack).max())
         if width > self.table.shape[2]:
             grown = np.zeros((*self.table.shape[:2], width), np.int32)
@@ -134,7 +138,8 @@ class RequestKV:
         column = np.arange(self.table.shape[2])
         have = self.num_blocks[layers[0] : layers[1], :, None]
         fresh = (column >= have) & (column < have + lack[:, :, None])
-        self.table[layers[0] : layers[1]][fresh] = ids
+        blank = np.broadcast_to((column + 1) * BLOCK > written, fresh.shape)[fresh]
+        self.table[layers[0] : layers[1]][fresh] = self._take(count, blank)
         self.num_blocks[layers[0] : layers[1]] += lack
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
@@ -328,12 +333,12 @@ class RequestKV:
         lack = blocks_for(self.length[lo:hi] + more) - self.num_blocks[lo:hi]
         return np.asarray(np.maximum(lack, 0))
 
-    def _take(self, count: int) -> Ids:
+    def _take(self, count: int, blank: NDArray[np.bool_] | None = None) -> Ids:
         """Blocks of the pool, out of what was promised as far as that goes."""
         paid = min(count, self.reserved)
         self.reserved -= paid
         self.pool.reserved -= paid
-        return self.pool.take(count)
+        return self.pool.take(count, blank)
 
     def _slots(self, layer: int, head: int | None, entry: NDArray[Any]) -> NDArray[np.int64]:
         """Slot numbers of entries: [n] of one head, [n, Hkv] of all."""

@@ -6,12 +6,15 @@ attention call serves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from firstlight.cache.table import Places
@@ -20,8 +23,9 @@ from firstlight.core.parts import Cells, RequestRows
 from firstlight.core.schedule import Segment
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.rates import padded
-from firstlight.kernels.contract import AttnRows
+from firstlight.kernels.contract import AttnCall, AttnRows
 from firstlight.kernels.memory import Memory
+from firstlight.kernels.tape import Own
 from firstlight.models.decoder import Decoder
 
 
@@ -76,14 +80,21 @@ class Member:
     def places_in(self, layer: int) -> Places | None:
         """Those of one layer, [1, ..]; None = the table has to sort it out."""
         if self.places is not None:
-            one = slice(layer - self.segment.layer[0], layer - self.segment.layer[0] + 1)
-            return Places(self.places.slots[one], self.places.ends[one])
+            return self.places.part(layer - self.segment.layer[0], 1)
         if self.is_plain:
             return self.live.kv.places((layer, layer + 1), self.tok, self.pos)
         if self.live.spans is not None or self.segment.tok[0] < self.live.held or not len(self.tok):
             return None
         self.live.kv.provide((layer, layer + 1), self.live.kv.beyond(layer, self.tok))
         return self.live.kv.open(layer, self.tok, self.pos)
+
+    def count(self, layers: Iterable[int]) -> None:
+        """The rows were computed in these layers."""
+        n = len(self.tok)
+        if self.decode:  # rows of the prompt may have come back
+            n = int((self.tok < self.live.num_prompt).sum()) if self.is_governed else 0
+        for layer in layers:
+            self.live.computed[layer] += n
 
     @property
     def final(self) -> bool:
@@ -116,6 +127,25 @@ class Block:
     sin: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What the layers that all members go through have of these, where that is known beforehand and lies in tables."""
+
+    first: int
+    slots: Tensor
+    """i64 [L, N, Hkv]: where rows' K/V go."""
+    ends: list[NDArray[np.int64]]
+    """Of each member [L, Hkv]: entries that it holds with them."""
+    views: NDArray[np.int64]
+    """[L, B, ..]: what is read, as the kernel takes it."""
+
+    def addresses(self, layer: int) -> tuple[int, int]:
+        """Of a layer's part."""
+        at = layer - self.first
+        slots = self.slots.data_ptr() + at * self.slots.stride(0) * self.slots.itemsize
+        return slots, self.views.ctypes.data + at * self.views.strides[0]
+
+
 class Batch:
     """x [N, D] and what travels with each row. The buffer has a few zero rows more, so that blocks can be padded."""
 
@@ -127,10 +157,14 @@ class Batch:
         keeps = [not m.decode and m.live.retention is not None for m in self.members]
         self.observed = [m for m, retained in zip(self.members, keeps) if m.is_governed or retained]
         """Those whose attention a part may ask for."""
-        self.dtype = model.dtype
+        self.dtype, self._model = model.dtype, model
         self.layout = members[0].live.kv.pool.layout
         self.memory = Memory()
         """Lent to the operators of held layers."""
+        self.noted: dict[Hashable, Any] = {}
+        """By form, layers whose calls can be made again for others (`engine/held.py`)."""
+        self.calls: dict[int, list[tuple[Sequence[Member], AttnCall]]] = {}
+        """Attention of layers, and whose it is: what noted calls point to, as long as they may be made."""
         self._blocks: dict[int, list[Block]] = {}
         self._places: dict[int, tuple[Tensor, Iterable[Any]] | None] = {}
         """By layer, kept: noted calls point to them."""
@@ -145,7 +179,8 @@ class Batch:
 
     def _gather(self, model: Decoder) -> None:
         """All rows, one member's after the other's."""
-        self.x = torch.zeros(padded(max(self.n, 1)), self.members[0].x.shape[1])
+        self.x = torch.empty(padded(max(self.n, 1)), self.members[0].x.shape[1])
+        self.x[self.n :] = 0
         self.tok = torch.cat([m.tok for m in self.members])
         self.pos = torch.cat([m.pos for m in self.members])
         lo = 0
@@ -190,11 +225,45 @@ class Batch:
 
     def numbers(self, layer: int, members: Sequence[Member]) -> Any:
         """What `AttnCall.numbers` takes, for members that one call serves."""
-        return None
+        return (self._common.views[layer - self._common.first], None, None) if self.is_common else None
+
+    @cached_property
+    def is_common(self) -> bool:
+        """Whether all that layers have of the members' own are places: of K/V, of tables."""
+        return (
+            self._model.can_hold
+            and self.is_plain
+            and self.is_foreseen
+            and all(m.live.kv.is_identity for m in self.members)
+        )
+
+    def own(self, layer: int) -> Own:
+        """What calls have of a layer's own, of the model's and of the members'."""
+        form, addresses = self._model.own[layer]
+        return Own(form, (*addresses, *self._common.addresses(layer)))
+
+    @cached_property
+    def _common(self) -> Common:
+        begin = max(m.segment.layer[0] for m in self.members)
+        end = min(m.segment.layer[1] for m in self.members)
+        shared = [m.places.part(begin - m.segment.layer[0], end - begin) for m in self.members if m.places is not None]
+        slots = shared[0].slots if len(shared) == 1 else torch.cat([places.slots for places in shared], 1)
+        ends, tables = [places.ends for places in shared], [m.live.kv.table[begin:end] for m in self.members]
+        return Common(begin, slots, ends, self._model.ops.identity_numbers(tables, ends))
+
+    def repeated(self, layers: Sequence[int]) -> None:
+        """These layers' calls were noted as another one's: requests' books say what was written there."""
+        common, first, end = self._common, layers[0], layers[-1] + 1
+        for m, ends in zip(self.members, common.ends):
+            m.count(layers)
+            m.live.kv.grow((first, end), ends[first - common.first : end - common.first])
 
     def places(self, layer: int) -> tuple[Tensor, Iterable[Any]] | None:
         """Where all rows' K/V go in a layer, i64 [N, Hkv], and each member's `ends`; None = ask tables one by one."""
-        if layer not in self._places:
+        if layer not in self._places and self.is_common:
+            at, common = layer - self._common.first, self._common
+            self._places[layer] = common.slots[at], [ends[at : at + 1] for ends in common.ends]
+        elif layer not in self._places:
             found = [places for m in self.members if (places := m.places_in(layer)) is not None]
             self._places[layer] = None
             if len(found) == len(self.members):
@@ -206,6 +275,20 @@ class Batch:
         lo, hi = members[0].lo, members[-1].hi
         first = [m.lo - lo for m in members] + [hi - lo]
         return AttnRows(first, self.tok[lo:hi], self.pos[lo:hi], [m.decode for m in members])
+
+
+def count_read(members: Sequence[Member], call: AttnCall, layers: int = 1) -> None:
+    """Density is reported for prompts, over the triangle of all their tokens, those without a row included.
+
+    Noted calls have counted nothing: they have no plan, so what is there says what is read.
+    """
+    heads = call.q.shape[1]
+    for i, m in enumerate(members):
+        if not m.decode:
+            first, end = m.segment.tok
+            m.live.stats.dense += layers * ((first + 1 + end) * (end - first) // 2 * heads)
+            read = call.stats.visible if len(members) == 1 else 0
+            m.live.stats.visible += layers * (read or call.num_read(i) * heads)
 
 
 def _order(member: Member) -> tuple[bool, bool]:

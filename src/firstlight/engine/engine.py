@@ -324,7 +324,7 @@ class Engine:
             lawful = legal(live.f, segment, live.barriers, live.num_prompt)
             assert lawful, f"{segment} breaks the staircase {live.f}"
             if not live.is_governed(segment.kind == "decode") and (new := live.new_entries(segment)):
-                live.kv.provide(segment.layer, new)
+                live.kv.provide(segment.layer, new, segment.tok[1] if live.kv.is_identity and live.spans is None else 0)
         work = begin(self.machine, unit, [self._lives[segment.rid] for segment in unit.segments])
         self._queue.append(LiveUnit(unit, work, work.run()))
 

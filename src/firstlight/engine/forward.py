@@ -19,7 +19,7 @@ from torch import Tensor
 
 from firstlight.core.parts import Keep, Merge
 from firstlight.core.schedule import Segment, WorkUnit
-from firstlight.engine.batch import Batch, Member
+from firstlight.engine.batch import Batch, Member, count_read
 from firstlight.engine.cuts import RowCuts
 from firstlight.engine.held import Held
 from firstlight.engine.live import LiveRequest
@@ -54,8 +54,6 @@ class Pass(Work):
         self._fine = True
         """Whether to stop inside layers."""
         self._probes: Probes | None = None
-        self._calls: list[AttnCall] = []
-        """Attention of layers that are under way: what noted calls point to."""
 
     def run(self) -> Generator[Stop, None, None]:
         for segments in self._rounds():
@@ -174,7 +172,12 @@ class Pass(Work):
         batch = self._batch or self._gather()
         if self._holds(layer, batch):
             waits = self.unit.yield_at != "none"
-            held = Held(batch, range(layer, alike), waits, lambda layer: self._compute(layer, batch))
+            own = batch.own if batch.is_common else None
+            held = Held(batch, range(layer, alike), waits, lambda layer: self._compute(layer, batch), own)
+            for noted, others in held.repeated.items():
+                batch.repeated(others)
+                for members, call in batch.calls[noted]:
+                    count_read(members, call, len(others))
             for passed in held.stretches(self.machine.bell):
                 for stop, seconds in passed:
                     self.machine.observe(stop, seconds)
@@ -208,9 +211,10 @@ class Pass(Work):
 
     def _end(self, layers: range, aside: Sequence[tuple[Member, Tensor, Tensor]]) -> None:
         """These layers' kernels have run: cuts take effect, barriers and retention decide, windows move on."""
-        self._calls.clear()
         assert self._batch is not None
         batch = self._batch
+        if not batch.is_common:
+            batch.calls.clear()
         for m in batch.members:
             m.live.kv.leave_behind(layers, m.segment.tok[1])
         layer = layers[-1]
@@ -295,10 +299,7 @@ class Pass(Work):
     def _write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
         """Upsert the cells of all rows, but for those that were exact before."""
         for m in batch.members:
-            if not m.decode:
-                m.live.computed[layer] += m.hi - m.lo
-            elif m.is_governed:  # rows of the prompt may have come back
-                m.live.computed[layer] += int((m.tok < m.live.num_prompt).sum())
+            m.count([layer])
         if (places := batch.places(layer)) is not None:
             slots, ends = places
             batch.layout.write(slots, k, v)
@@ -325,7 +326,7 @@ class Pass(Work):
         ops, rate = self.machine.ops, self.machine.attention
         for members, rows in batch.groups:
             call = self._call(layer, members, rows, q, out, probes, batch.numbers(layer, members))
-            self._calls.append(call)
+            batch.calls.setdefault(layer, []).append((members, call))
             if not self._fine:
                 ops.attend(call, 0, rows.row_ptr[-1])
             for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate) if self._fine else ():
@@ -334,7 +335,7 @@ class Pass(Work):
                 read = call.stats.visible - visible or call.stats.dense - dense  # a held call has counted nothing
                 work *= read / (call.stats.dense - dense)
                 yield Stop("slice", layer, "attend", work)
-            self._count(members, call)
+            count_read(members, call)
 
     def _call(
         self,
@@ -350,7 +351,8 @@ class Pass(Work):
         model, only, lo = self.machine.model, members[0], members[0].lo
         probe = probes.rows(members) if probes else None
         probed = None if probe is None or probe.colsum[0] is None else probe.first_tok[0]
-        plan = None if numbers is not None else self.machine.planning.plan(model, layer, only, q, probed)
+        written = numbers is not None and only.planner is not None  # a steady row's plan lies among its numbers
+        plan = None if written else self.machine.planning.plan(model, layer, only, q, probed)
         return AttnCall(
             q=q[lo:] if lo else q,
             rows=rows,
@@ -364,19 +366,6 @@ class Pass(Work):
             probe=probe,
             numbers=numbers,
         )
-
-    def _count(self, members: Sequence[Member], call: AttnCall) -> None:
-        """Density is reported for prompts, over the triangle of all their tokens, those without a row included.
-
-        Held calls have counted nothing: they have no plan, so what is there says what was read.
-        """
-        heads = call.q.shape[1]
-        for i, m in enumerate(members):
-            if not m.decode:
-                first, end = m.segment.tok
-                m.live.stats.dense += (first + 1 + end) * (end - first) // 2 * heads
-                read = call.stats.visible if len(members) == 1 else 0
-                m.live.stats.visible += read or call.num_read(i) * heads
 
     def _finish(self, layer: int, batch: Batch, attended: Tensor) -> Iterator[Stop]:
         model = self.machine.model

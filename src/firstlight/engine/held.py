@@ -8,14 +8,28 @@ by before somebody wants to look.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from firstlight.core.schedule import YieldAt
 from firstlight.engine.batch import Batch
 from firstlight.engine.work import Stop
-from firstlight.kernels.tape import Bell, holding
+from firstlight.kernels.tape import Bell, Own, Tape, holding
 
 _MOST_CALLS, _FEW_CALLS = 1024, 512
 """Noted at a time, but for whole layers; few where somebody may wait: for 7 us of Python each nothing stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A layer's calls [begin, end) of a tape: with addresses of theirs those of all layers of its form."""
+
+    layer: int
+    own: Own
+    tape: Tape
+    begin: int
+    end: int
+    stops: list[tuple[Stop, int]]
+    """Each stop, and how many of the calls come before it."""
 
 
 class Held:
@@ -24,8 +38,21 @@ class Held:
     It is one where something is decided at its end: rows leave, K/V are dropped, blocks behind a window are freed.
     """
 
-    def __init__(self, batch: Batch, layers: range, waits: bool, compute: Callable[[int], Iterator[Stop]]) -> None:
-        """`waits`: the unit may be told to wait at any stop; `compute`: a layer's calls, with its stops."""
+    def __init__(
+        self,
+        batch: Batch,
+        layers: range,
+        waits: bool,
+        compute: Callable[[int], Iterator[Stop]],
+        own: Callable[[int], Own] | None = None,
+    ) -> None:
+        """`waits`: the unit may be told to wait at any stop; `compute`: a layer's calls, with its stops.
+
+        `own`: what these have of the layer's own. Then only the batch's first layer of each form is computed: those of
+        the same form make its calls with addresses of theirs.
+        """
+        self.repeated: dict[int, list[int]] = {}
+        """By layer that was computed, those that make its calls."""
         self._most = _FEW_CALLS if waits else _MOST_CALLS
         self.end = layers.start
         """The layer after them."""
@@ -35,11 +62,15 @@ class Held:
             while self.end < layers.stop and (self.end == layers.start or (batch.is_foreseen and self._fits(layers))):
                 if self._noted:
                     self._raise("layer")
-                for stop in compute(self.end):
-                    if not self._noted or len(self._tape) > self._noted[-1][1]:
-                        self._noted.append((stop, len(self._tape)))
-                    else:  # nothing is to be done since the last one
-                        self._raise(stop.level)
+                mine = None if own is None else own(self.end)
+                if mine is not None and mine.form in batch.noted:
+                    self._repeat(mine, batch.noted[mine.form])
+                else:
+                    begin, first = len(self._tape), len(self._noted)
+                    self._note(compute(self.end))
+                    if mine is not None:
+                        stops = [(stop, calls - begin) for stop, calls in self._noted[first:]]
+                        batch.noted[mine.form] = Noted(self.end, mine, self._tape, begin, len(self._tape), stops)
                 self.end += 1
 
     def stretches(self, bell: Bell) -> Iterator[list[tuple[Stop, float]]]:
@@ -52,6 +83,19 @@ class Held:
             done += len(seconds)
             begin = ends[done - 1]
             yield passed
+
+    def _note(self, stops: Iterator[Stop]) -> None:
+        for stop in stops:
+            if not self._noted or len(self._tape) > self._noted[-1][1]:
+                self._noted.append((stop, len(self._tape)))
+            else:  # nothing is to be done since the last one
+                self._raise(stop.level)
+
+    def _repeat(self, mine: Own, noted: Noted) -> None:
+        """A layer's calls, for the next one."""
+        self.repeated.setdefault(noted.layer, []).append(self.end)
+        self._noted += [(stop._replace(layer=self.end), len(self._tape) + calls) for stop, calls in noted.stops]
+        self._tape.repeat(noted.tape, noted.begin, noted.end, noted.own.addresses, mine.addresses)
 
     def _fits(self, layers: range) -> bool:
         """Whether one more, as large as those so far, does."""

@@ -13,8 +13,8 @@ there is no tape.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +43,9 @@ if TYPE_CHECKING or lib is None:
         def extend(self, other: Tape) -> None:
             """What another tape does, afterwards."""
 
+        def repeat(self, tape: Tape, begin: int, end: int, old: Sequence[int], new: Sequence[int]) -> None:
+            """Calls [begin, end) of a tape, afterwards, with new addresses for old ones."""
+
         def run(self, begin: int = 0, end: int = ...) -> None:
             """Make calls [begin, end), all by default, without Python's lock."""
 
@@ -61,6 +64,14 @@ if TYPE_CHECKING or lib is None:
 
 else:
     Tape, Bell = lib.Tape, lib.Bell
+
+
+class Own(NamedTuple):
+    """What calls have of a layer's, or a linear's, own. Calls for two of one form differ in these addresses alone."""
+
+    form: Hashable
+    addresses: tuple[int, ...]
+    """None of them 0, none twice."""
 
 
 @contextlib.contextmanager

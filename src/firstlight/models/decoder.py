@@ -10,6 +10,7 @@ has, how model files state its settings, and the steps that it does in another w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from firstlight.kernels.blocks import Stored
 from firstlight.kernels.rows8 import Rows8
+from firstlight.kernels.tape import Own
 from firstlight.models.config import ModelConfig
 from firstlight.models.fields import Fields
 from firstlight.models.rope import rope_table
@@ -149,6 +151,23 @@ class Decoder:
         self._tables = _tables(config, served or config.max_context)
         local = config.local_layers if config.local_rope_theta else ()
         self._table_of = [int(layer in local) for layer in range(config.num_layers)]
+
+    @functools.cached_property
+    def own(self) -> list[Own]:
+        """What calls of each layer's halves and of its attention have of its own, where they can be held."""
+        linears: dict[int, list[Own]] = {}
+        for name in self.linears.shapes:
+            layer, _, rest = name.partition(".")
+            if rest:
+                linears.setdefault(int(layer), []).append(self.linears.own(name))
+        found = []
+        for layer, parts in sorted(linears.items()):
+            vectors = [*self._gains[layer].values(), self._head_gains[layer], self._bias[layer]]
+            vectors += [] if self._centres is None else [self._centres[layer]]
+            lie = [v.data_ptr() for v in vectors if v is not None]
+            form = (self.windows[layer], self._table_of[layer], len(lie), *[part.form for part in parts])
+            found.append(Own(form, (*lie, *[a for part in parts for a in part.addresses])))
+        return found
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [n] -> residual rows f32 [n, D]."""

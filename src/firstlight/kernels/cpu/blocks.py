@@ -15,6 +15,7 @@ from torch import Tensor
 from firstlight.kernels.blocks import Quants, Stored, unpacked
 from firstlight.kernels.memory import empty
 from firstlight.kernels.native import lib
+from firstlight.kernels.tape import Own
 from firstlight.kernels.torch.ops import Parts
 
 _PANEL = 64
@@ -30,6 +31,9 @@ class Blocks:
         self._pieces = [_Piece(parts, number) for number in range(sum(name.endswith(".form") for name in parts))]
         self.dtype = parts["blocks"].dtype
         self.shape: tuple[int, ...] = (sum(piece.outputs for piece in self._pieces), self._pieces[0].width)
+        form = (self.shape, self.dtype, *[piece.outputs for piece in self._pieces])
+        self.own = Own(form, tuple(piece.address for piece in self._pieces))
+        """Of its calls: bits and planes of a piece lie behind its address."""
 
     @staticmethod
     def packed(joined: Sequence[Stored]) -> Parts:

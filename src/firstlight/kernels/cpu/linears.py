@@ -19,6 +19,7 @@ from firstlight.kernels.cpu.blocks import Blocks
 from firstlight.kernels.memory import empty
 from firstlight.kernels.native import lib
 from firstlight.kernels.rows8 import ZERO_POINT
+from firstlight.kernels.tape import Own
 from firstlight.kernels.torch import int8, ops
 from firstlight.kernels.torch.ops import Parts, Product
 
@@ -69,6 +70,9 @@ class Panels:
         self._missing = -self.width % group
         self.pads = self._missing > 0
         """Whether its input must be made wider first."""
+        self._operands = tuple(map(_address, (self._panels, self._scale, self._start)))
+        self.own = Own((self.shape, self._kind), tuple(filter(None, self._operands)))
+        """Of its calls."""
         self._words = self._panels.view(torch.int32)[..., 0].numpy()
         """[O / 64, I / G, 64]: numpy picks rows at a fifth of what it takes PyTorch after a decode step."""
 
@@ -80,9 +84,9 @@ class Panels:
         dtype = torch.float32 if wide or self._kind == 0 else torch.bfloat16
         out = empty((x.shape[0], self.outputs), dtype) if out is None else out
         n, width = out.shape[0], x.shape[1]  # `len` of a tensor is Python, and takes a microsecond
-        where = (x.data_ptr(), self._panels.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), n, width)
-        how = (torch.get_num_threads(), self._kind, wide, _address(self._scale), _address(self._start))
-        lib.matmul(*where, self.outputs, *how, 0)
+        panels, scale, start = self._operands
+        where = (x.data_ptr(), panels, out.data_ptr(), x.stride(0), out.stride(0), n, width, self.outputs)
+        lib.matmul(*where, torch.get_num_threads(), self._kind, wide, scale, start, 0)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -109,6 +113,12 @@ class PackedLinears(ops.PackedLinears):
     @property
     def all_kernels(self) -> bool:
         return all(map(_is_kernel, self._packed.values()))
+
+    def own(self, name: str) -> Own:
+        """What calls have of a linear's own."""
+        product = self._packed[name]
+        assert isinstance(product, Panels | Blocks)
+        return product.own
 
     def parts(self, name: str, joined: Sequence[Tensor | Stored]) -> Parts:
         stored = [w for w in joined if isinstance(w, Stored)]
@@ -161,6 +171,15 @@ class Int8Linears(int8.Int8Linears):
     @property
     def all_kernels(self) -> bool:
         return all(map(_is_kernel, self._packed.values())) and self._plain.all_kernels
+
+    def own(self, name: str) -> Own:
+        """What calls have of a linear's own."""
+        if name not in self._packed:
+            own: Own = self._plain.own(name)
+            return own
+        product = self._packed[name]
+        assert isinstance(product, Panels)
+        return Own(product.own.form, (*product.own.addresses, self._smooth[name].data_ptr()))
 
     def _packed_parts(self, values: Tensor, scale: Tensor) -> Parts:
         return super()._packed_parts(values, scale) if has_tiles() else Panels.packed(values, scale)
