@@ -1,11 +1,11 @@
-"""OpenVINO GenAI's own sparse prefill, Tri-shape and XAttention, beside its dense one: what they bring on this CPU.
+"""OpenVINO GenAI's own sparse prefill, Tri-shape and XAttention, and ours, each beside its dense one, in one run.
 
     python benchmarks/openvino_sparse.py smollm2 --prompt-tokens 8000 --rounds 2
 
-It is the one CPU engine that ships these two methods, so this is the fair place to hold ours against
-(`benchmarks/methods.py --method trishape:... --method xattention:...`, on the same prompt). All in bf16 on paged
-attention, whose chunks both need. Each setting is a process of its own, once a round; the first prompt, a short one,
-isn't counted. Printed: time to first token, of dense's, how many of 32 greedy tokens are dense's, and one JSON line.
+It is the one CPU engine that ships these two methods, so this is the fair place to hold ours against. All in bf16, its
+own on paged attention, whose chunks both need. Each setting is a process of its own, once a round, on the same prompt;
+the first one, which is short, isn't counted. Printed: time to first token, of the engine's own dense one, how many of 32
+greedy tokens are that one's, and one JSON line.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "XATTENTION 0.9, stride 16": {"mode": "XATTENTION", "xattention_threshold": 0.9, "xattention_stride": 16},
     "XATTENTION 0.9, stride 8": {"mode": "XATTENTION", "xattention_threshold": 0.9, "xattention_stride": 8},
 }
+OURS = {
+    "ours, dense": [],
+    "ours, trishape 64 + 1024": ["trishape:sink=64,window=1024"],
+    "ours, xattention 0.9, stride 16": ["xattention:tau=0.9,stride=16"],
+    "ours, xattention 0.9, stride 8": ["xattention:tau=0.9,stride=8"],
+}
 
 
 def main() -> None:
@@ -39,18 +45,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     python, job, env = prepare(args)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
-    for _ in range(args.rounds):
-        for name in SETTINGS:
-            command = [python, "-P", __file__, "--measure"]
-            asked = json.dumps(job | {"sparse": SETTINGS[name]})
-            done = subprocess.run(command, check=True, input=asked, stdout=subprocess.PIPE, text=True, env=env)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    dense, tokens = statistics.median(run["ttft_s"] for run in found["dense"]), found["dense"][0]["tokens"]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*SETTINGS, *OURS]}
+    for number in range(args.rounds):
+        for name, runs in found.items():
+            print(f"round {number + 1}/{args.rounds}: {name}", file=sys.stderr, flush=True)
+            if name in SETTINGS:
+                command = [python, "-P", __file__, "--measure"]
+                asked = json.dumps(job | {"sparse": SETTINGS[name]})
+            else:
+                command = [sys.executable, __file__, "--measure-ours"]
+                asked = json.dumps(job | {"name": args.model, "methods": OURS[name]})
+            how = env if name in SETTINGS else None
+            done = subprocess.run(command, check=True, input=asked, stdout=subprocess.PIPE, text=True, env=how)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
     for name, runs in found.items():
-        ttft = statistics.median(run["ttft_s"] for run in runs)
-        same = sum(a == b for a, b in zip(runs[0]["tokens"], tokens))
-        print(f"{name:26} {ttft:6.2f} s  {ttft / dense:5.2f} of dense  {same} of {NEW} tokens")
+        base = found["dense" if name in SETTINGS else "ours, dense"]
+        ttft, dense = (statistics.median(run["ttft_s"] for run in each) for each in (runs, base))
+        same = sum(a == b for a, b in zip(runs[0]["tokens"], base[0]["tokens"]))
+        print(f"{name:31} {ttft:6.2f} s  {ttft / dense:5.2f} of dense  {same} of {NEW} tokens")
     print(json.dumps({"arguments": vars(args), "runs": found}))
 
 
@@ -113,8 +125,20 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return {"ttft_s": came[0][0] - began, "tokens": [token for _, token in came]}
 
 
+def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
+    """The same of this engine."""
+    from firstlight import LLM, SamplingParams
+
+    with LLM(job["name"], methods=job["methods"], threads=job["threads"], prefix_cache="off") as llm:
+        for prompt in job["prompts"]:
+            [answer] = llm.generate([prompt], SamplingParams(max_tokens=NEW, ignore_eos=True))
+    return {"ttft_s": answer.report["ttft_s"], "tokens": answer.token_ids}
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--measure"]:
         print(json.dumps(measure(json.loads(sys.stdin.read()))))
+    elif sys.argv[1:] == ["--measure-ours"]:
+        print(json.dumps(measure_ours(json.loads(sys.stdin.read()))))
     else:
         main()
