@@ -4,8 +4,8 @@
 
 It is the one CPU engine that ships these two methods, so this is the fair place to hold ours against. All in bf16, its
 own on paged attention, whose chunks both need. Each setting is a process of its own, once a round, on the same prompt;
-the first one, which is short, isn't counted. Printed: time to first token, of the engine's own dense one, how many of 32
-greedy tokens are that one's, and one JSON line.
+the first one, which is short, isn't counted. Printed: time to first token, of the engine's own dense one, how many of
+32 greedy tokens are that one's, and one JSON line.
 """
 
 from __future__ import annotations

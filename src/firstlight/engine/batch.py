@@ -249,7 +249,8 @@ class Batch:
         shared = [m.places.part(begin - m.segment.layer[0], end - begin) for m in self.members if m.places is not None]
         slots = shared[0].slots if len(shared) == 1 else torch.cat([places.slots for places in shared], 1)
         ends, tables = [places.ends for places in shared], [m.live.kv.table[begin:end] for m in self.members]
-        return Common(begin, slots, ends, self._model.ops.identity_numbers(tables, ends))
+        lengths = [np.maximum(m.live.kv.length[begin:end], more) for m, more in zip(self.members, ends)]
+        return Common(begin, slots, ends, self._model.ops.identity_numbers(tables, lengths))
 
     def repeated(self, layers: Sequence[int]) -> None:
         """These layers' calls were noted as another one's: requests' books say what was written there."""
