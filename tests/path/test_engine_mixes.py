@@ -264,3 +264,30 @@ def test_a_broken_fold_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(View, "after", forgets)
     assert replay(path, fresh).difference is not None
+
+
+@pytest.mark.parametrize("schedule", ["sarathi:token_budget=48", "layered:stage_tokens=32", "flowprefill"])
+@pytest.mark.parametrize("prefix_cache", ["on", "off"])
+def test_nobody_reads_what_was_not_written(schedule: str, prefix_cache: str) -> None:
+    """Blocks come back full of what others left, here nan, and those that a prompt fills aren't zeroed."""
+    engine = tiny_engine(kv_memory=str(13 * COLUMN), schedule=schedule, prefix_cache=prefix_cache)
+    rng, broken = random.Random(5), list[bool]()
+    engine.on_stop = lambda *_: engine.pool.poison()
+    shared = [rng.randrange(VOCABULARY) for _ in range(200)]
+
+    def chosen(_so_far: list[int], logits: Tensor) -> int:
+        broken.append(bool(logits.isnan().any()))
+        return int(logits.nan_to_num().argmax())
+
+    for number in range(30):
+        own = [rng.randrange(VOCABULARY) for _ in range(some_length(rng))]
+        ids = shared[: rng.choice([0, 30, 64, 128, 200])] + own
+        params = SamplingParams(max_tokens=rng.randint(1, 70), ignore_eos=True)
+        engine.add(Request(str(number), ids, params, choose=chosen))
+        for _ in range(rng.randint(0, 6)):
+            engine.step()
+        if rng.random() < 0.2 and engine._lives:
+            engine.cancel(rng.choice(list(engine._lives)))
+    while engine.has_work:
+        engine.step()
+    assert len(broken) > 300 and not any(broken)
