@@ -25,7 +25,7 @@ struct Bell {
     void ring() { until = Clock::duration{}; }
 };
 
-// Addresses are of this type in every call, and no other number is.
+// Addresses among a call's operands are of this type, and no other number is. What its function holds never moves.
 using Address = uintptr_t;
 
 // What lies elsewhere when a call is made again, and where.

@@ -109,6 +109,25 @@ def test_books_of_repeated_layers(schedule: str) -> None:
     assert reports[0] == reports[1] and reports[0][0] == [99] * LAYERS
 
 
+def test_another_pace_cuts_layers_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first guess, or a machine that slows down, doesn't size a whole pass."""
+    for limit in ("_MOST_CALLS", "_FEW_CALLS"):
+        monkeypatch.setattr(f"firstlight.engine.held.{limit}", 1)  # so that each layer is noted by itself
+    engine, computed, inner = tiny_engine("llama", LAYERS), list[int](), Pass._compute
+    engine.machine.linear.per_second = 1e6
+
+    def faster(_work: Work, stop: Stop) -> None:
+        if stop.layer == 1:
+            engine.machine.linear.per_second = 1e12
+
+    engine.on_stop = faster
+    monkeypatch.setattr(Pass, "_compute", lambda p, layer, batch: computed.append(layer) or inner(p, layer, batch))
+    engine.add(Request("0", list(range(1, 200)), SamplingParams(max_tokens=1, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    assert computed == [0, 2]
+
+
 @pytest.mark.parametrize("cancel_at", range(1, 2 * LAYERS, 2))
 def test_a_cancel_between_noted_layers(cancel_at: int) -> None:
     """The others' bits stay, and every block comes back."""

@@ -237,10 +237,10 @@ class Batch:
             and all(m.live.kv.is_identity for m in self.members)
         )
 
-    def own(self, layer: int) -> Own:
-        """What calls have of a layer's own, of the model's and of the members'."""
+    def own(self, layer: int, pace: Hashable) -> Own:
+        """What calls have of a layer's own, of the model's and of the members'; `pace`: what they are cut by."""
         form, addresses = self._model.own[layer]
-        return Own(form, (*addresses, *self._common.addresses(layer)))
+        return Own((form, pace), (*addresses, *self._common.addresses(layer)))
 
     @cached_property
     def _common(self) -> Common:

@@ -172,7 +172,7 @@ class Pass(Work):
         batch = self._batch or self._gather()
         if self._holds(layer, batch):
             waits = self.unit.yield_at != "none"
-            own = batch.own if batch.is_common else None
+            own = partial(batch.own, pace=self.machine.pace) if batch.is_common else None
             held = Held(batch, range(layer, alike), waits, lambda layer: self._compute(layer, batch), own)
             for noted, others in held.repeated.items():
                 batch.repeated(others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -42,6 +43,13 @@ class Machine:
         if unit.yield_at in _INSIDE_LAYERS or seconds > SLICE_S:
             return 0
         return int(SLICE_S / seconds) if unit.yield_at == "none" and rows else 1  # a cut may leave a layer no rows
+
+    @property
+    def pace(self) -> tuple[int, ...]:
+        """What a layer's calls are cut by: with another one they are cut anew, attention where its speed doubles."""
+        flops, own = self.model.layer_flops, self.model.qkv_flops
+        rows = (self.linear.rows(work) for work in (own, flops - own))
+        return (*rows, math.frexp(self.attention.per_second)[1])
 
     def observe(self, stop: Stop, seconds: float) -> None:
         """What the stretch before a stop took."""
