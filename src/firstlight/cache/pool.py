@@ -67,8 +67,8 @@ class Pool:
         ids = np.sort(self._free[self._num_free : self._num_free + count])
         self._held[ids] = 1
         self.changed(ids)
-        used = self._touched[ids] if blank is None else self._touched[ids] & blank
-        self.layout.clear(torch.from_numpy(ids[used].astype(np.int64)))
+        dirty = self._touched[ids] if blank is None else self._touched[ids] & blank
+        self.layout.clear(torch.from_numpy(ids[dirty].astype(np.int64)))
         self._touched[ids] = True
         return ids
 

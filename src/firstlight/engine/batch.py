@@ -138,6 +138,8 @@ class Common:
     """Of each member [L, Hkv]: entries that it holds with them."""
     views: NDArray[np.int64]
     """[L, B, ..]: what is read, as the kernel takes it."""
+    tables: list[NDArray[np.int32]]
+    """What `views` point to."""
 
     def addresses(self, layer: int) -> tuple[int, int]:
         """Of a layer's part."""
@@ -248,9 +250,11 @@ class Batch:
         end = min(m.segment.layer[1] for m in self.members)
         shared = [m.places.part(begin - m.segment.layer[0], end - begin) for m in self.members if m.places is not None]
         slots = shared[0].slots if len(shared) == 1 else torch.cat([places.slots for places in shared], 1)
-        ends, tables = [places.ends for places in shared], [m.live.kv.table[begin:end] for m in self.members]
-        lengths = [np.maximum(m.live.kv.length[begin:end], more) for m, more in zip(self.members, ends)]
-        return Common(begin, slots, ends, self._model.ops.identity_numbers(tables, lengths))
+        ends, kvs = [places.ends for places in shared], [m.live.kv for m in self.members]
+        views, tables = [kv.view(begin) for kv in kvs], [kv.table for kv in kvs]
+        lengths = [np.maximum(kv.length[begin:end], more) for kv, more in zip(kvs, ends)]
+        numbers = self._model.ops.layer_numbers(views, [table.strides[0] for table in tables], lengths)
+        return Common(begin, slots, ends, numbers, tables)
 
     def repeated(self, layers: Sequence[int]) -> None:
         """These layers' calls were noted as another one's: requests' books say what was written there."""

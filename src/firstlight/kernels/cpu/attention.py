@@ -15,8 +15,6 @@ from firstlight.kernels.native import lib
 
 Numbers = NDArray[np.int64]
 _PLAN_NUMBERS = 14
-_VIEW_FIELDS = 8
-"""Of a view, before its heads' lengths."""
 _STEP = 64
 """Rows between two places where a call can be sliced."""
 
@@ -50,23 +48,19 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
 
 
 def view_numbers(views: Sequence[KVView]) -> Numbers:
-    """[B, ..]: views as the kernel reads them, each head's length at the end."""
+    """[B, ..]: views as the kernel reads them: the table first, each head's length at the end."""
     return np.array([_view(view) for view in views], np.int64)
 
 
-def identity_numbers(tables: Sequence[NDArray[np.int32]], lengths: Sequence[Numbers]) -> Numbers:
-    """[L, B, ..]: `view_numbers` of L layers at once, of requests without ordinals of their own.
+def layer_numbers(views: Sequence[KVView], steps: Sequence[int], lengths: Sequence[Numbers]) -> Numbers:
+    """[L, B, ..]: `view_numbers` of L layers that differ from the first one's views in tables and lengths alone.
 
-    Of each the tables i32 [L, Hkv, nb] and lengths [L, Hkv].
+    Of each view the bytes from a layer's table to the next one's, and lengths [L, Hkv].
     """
     layers, heads = lengths[0].shape
-    numbers = np.zeros((layers, len(tables), _VIEW_FIELDS + heads), np.int64)
-    for i, (table, length) in enumerate(zip(tables, lengths)):
-        layer, head, one = table.strides
-        assert one == table.itemsize
-        numbers[:, i, 0] = table.ctypes.data + np.arange(layers) * layer
-        numbers[:, i, 1:3] = head // one, table.shape[2]
-        numbers[:, i, _VIEW_FIELDS:] = length
+    numbers = np.repeat(view_numbers(views)[None], layers, 0)
+    numbers[:, :, 0] += np.arange(layers)[:, None] * np.array(steps)
+    numbers[:, :, -heads:] = np.stack(lengths, 1)
     return numbers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from firstlight.kernels.cpu.attention import attend, attend_work, identity_numbers, plan_numbers, view_numbers
+from firstlight.kernels.cpu.attention import attend, attend_work, layer_numbers, plan_numbers, view_numbers
 from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, layout, linear
 from firstlight.kernels.cpu.ops import (
     add_norm,
@@ -30,7 +30,7 @@ __all__ = [
     "attend_work",
     "dependent_linears",
     "gelu_mul",
-    "identity_numbers",
+    "layer_numbers",
     "layout",
     "linear",
     "plan_numbers",
