@@ -37,6 +37,12 @@ T* at(Address a) {
     return (T*)a;
 }
 
+// What Python does between two instructions of its own: Ctrl-C raises.
+void hear_signals() {
+    nb::gil_scoped_acquire held;
+    if (PyErr_CheckSignals()) throw nb::python_error();
+}
+
 using Numbers = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 PlanLists lists_of(const int64_t* p) {
@@ -170,7 +176,9 @@ NB_MODULE(_native, m) {
         .def("repeat", &Tape::repeat, nb::arg("tape"), nb::arg("begin"), nb::arg("end"), nb::arg("old"), nb::arg("new"), "calls [begin, end) of a tape, afterwards, with new addresses for old ones")
         .def("__len__", [](const Tape& tape) { return tape.calls.size(); })
         .def("run", &Tape::run, unlocked, nb::arg("begin") = 0, nb::arg("end") = SIZE_MAX, "make calls [begin, end)")
-        .def("timed", &Tape::timed, unlocked, nb::arg("begin"), nb::arg("ends"), nb::arg("bell"), "make calls from `begin` up to each of these ends, till the bell rings; the seconds of each stretch");
+        .def("timed", [](const Tape& tape, size_t begin, const std::vector<size_t>& ends, const Bell& bell) {
+            return tape.timed(begin, ends, bell, hear_signals);
+        }, unlocked, nb::arg("begin"), nb::arg("ends"), nb::arg("bell"), "make calls from `begin` up to each of these ends, till the bell rings; the seconds of each stretch. Ctrl-C is raised");
     m.def("record", [](Tape* tape) { return std::exchange(recorder, tape) != nullptr; }, nb::arg("tape").none(),
           "from now on this tape notes the thread's calls of kernels; None: nobody does");
 }

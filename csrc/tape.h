@@ -1,6 +1,7 @@
 // Calls in their order, to be made later or again: what a layer of a prefill and the replay of a decode pass consist of.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -20,7 +21,8 @@ struct Bell {
     std::atomic<Clock::duration> until{};
 
     void after(double seconds) {
-        until = Clock::now().time_since_epoch() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+        const std::chrono::duration<double> wait(std::min(seconds, 1e9));  // what is forever in seconds is no number of ticks
+        until = Clock::now().time_since_epoch() + std::chrono::duration_cast<Clock::duration>(wait);
     }
     void ring() { until = Clock::duration{}; }
 };
@@ -61,6 +63,8 @@ struct CallOf final : Call {
     }
 };
 
+constexpr std::chrono::milliseconds between_looks{50};
+
 struct Tape {
     std::vector<std::shared_ptr<const Call>> calls;
     bool is_whole = true;  // running it does all that was done in the recording
@@ -83,14 +87,17 @@ struct Tape {
     }
 
     // Calls from `begin` up to each of these ends, till the bell rings: the seconds that each stretch took. One at least.
-    std::vector<double> timed(size_t begin, const std::vector<size_t>& ends, const Bell& bell) const {
+    // `look` is called now and then between two of them, and may throw.
+    template <class Look>
+    std::vector<double> timed(size_t begin, const std::vector<size_t>& ends, const Bell& bell, Look look) const {
         std::vector<double> seconds;
-        auto before = Clock::now();
+        auto before = Clock::now(), looked = before;
         for (const size_t end : ends) {
             run(begin, end);
             const auto now = Clock::now();
             seconds.push_back(std::chrono::duration<double>(now - before).count());
             if (now.time_since_epoch() >= bell.until.load()) break;
+            if (now - looked >= between_looks) look(), looked = now;
             begin = end, before = now;
         }
         return seconds;

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -35,8 +36,8 @@ from firstlight.models.weights.values import CompactWeights, Weights
 from firstlight.prompt.encoder import Encoder, Messages, Names, Prompt, Tools
 from firstlight.prompt.tokenizer import Tokenizer
 
-_PROGRESS_S = 0.05
-"""Progress is told so often: a pass that nobody wants to stop goes on for so long."""
+_PROGRESS_S = 0.25
+"""Progress is told so often. A pass whose progress nobody follows goes on until there is news."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class LLM:
             progress=lambda share: self._progress(Progress("load", share, 1.0)),
         )
         self.engine = build_engine(checkpoint.config, weights, self.options, checkpoint.digest, keep)
-        self.engine.on_stop, self.engine.patience_s = self._on_stop, _PROGRESS_S
+        self.engine.on_stop, self.engine.patience_s = (self._on_stop, _PROGRESS_S) if progress else (None, inf)
         self.answers = Answers(self.engine, self.tokenizer, self.model_name, asdict(self.options))
         self.encoder = Encoder(self.tokenizer, self.model_name, marks=self.answers.editing.is_on)
         self._model = Model(self.model_name, self.engine, self.encoder, self.answers)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -166,6 +169,24 @@ def test_held_calls_are_made_when_the_tape_is_run_and_not_before() -> None:
     assert len(tape.timed(0, [1], Bell())) == 1 and bool((made == 7).all())
     tape.run(1)
     assert torch.equal(made, want)
+
+
+@torch.inference_mode()
+def test_ctrl_c_ends_a_tape_that_nobody_rings() -> None:
+    """No line of Python runs between its calls, whose end would take half a minute."""
+    x, memory, ended, bell = rows(0, 64, 64), Memory(), list[int](), Bell()
+    with holding(memory) as tape:
+        ops.rms_norm(x, GAIN, 1e-5)
+    for _ in range(22):
+        once, tape = tape, Tape()
+        tape.extend(once)
+        tape.extend(once)
+    tape.note(ended.append, (1,))
+    bell.after(math.inf)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        tape.timed(0, [*range(1000, len(tape), 1000), len(tape)], bell)
+    assert not ended
 
 
 @torch.inference_mode()

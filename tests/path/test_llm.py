@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 
 from firstlight.core.errors import UserError
 from firstlight.core.request import SamplingParams
-from firstlight.llm import LLM, Progress
+from firstlight.engine.work import Stop, Work
+from firstlight.llm import LLM
 
 SHORT = SamplingParams(max_tokens=6)
 REPORT = {
@@ -122,18 +125,8 @@ def test_json_of_a_schema(llm: LLM) -> None:
 
 
 def test_an_interrupt_leaves_an_engine_that_works(llm: LLM) -> None:
-    calls = 0
-
-    def interrupt(progress: Progress) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # somewhere in the layers: progress is told 20 times a second
-            raise KeyboardInterrupt
-
-    before, llm._progress = llm._progress, interrupt
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(llm, at=40):  # somewhere in the layers
         llm.generate([list(range(100, 900)), list(range(50, 500))], SHORT)
-    llm._progress = before
     assert is_empty(llm)
     assert llm.generate("The sea is", SHORT)[0].text
 
@@ -142,17 +135,28 @@ def test_an_interrupt_beside_a_stream_ends_both_or_one(llm: LLM) -> None:
     """A stream that shares the interrupted pass says so; it neither hangs nor goes on from half a row."""
     stream = llm.stream("Once upon a time", SamplingParams(max_tokens=30, ignore_eos=True))
     next(stream)
-    before, llm._progress = llm._progress, raise_interrupt
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(llm, at=1):
         llm.generate([list(range(100, 900))], SHORT)
-    llm._progress = before
     last = list(stream)[-1].completion
     assert last is not None and last.finish_reason == "error"
     assert is_empty(llm)
 
 
-def raise_interrupt(progress: Progress) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def interrupted(llm: LLM, at: int) -> Iterator[None]:
+    """Ctrl-C at a pass's stop of that number."""
+    stops = itertools.count(1)
+
+    def interrupt(work: Work, stop: Stop) -> None:
+        if next(stops) == at:
+            raise KeyboardInterrupt
+
+    engine = llm.engine
+    before, engine.on_stop = (engine.on_stop, engine.patience_s), interrupt
+    engine.patience_s = 0.0
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    engine.on_stop, engine.patience_s = before
 
 
 def test_two_models_in_one_process(llm: LLM, smollm2_path: Path) -> None:

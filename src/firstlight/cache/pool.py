@@ -68,7 +68,8 @@ class Pool:
         self._held[ids] = 1
         self.changed(ids)
         dirty = self._touched[ids] if blank is None else self._touched[ids] & blank
-        self.layout.clear(torch.from_numpy(ids[dirty].astype(np.int64)))
+        if dirty.any():
+            self.layout.clear(torch.from_numpy(ids[dirty].astype(np.int64)))
         self._touched[ids] = True
         return ids
 

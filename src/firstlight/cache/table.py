@@ -211,16 +211,15 @@ class RequestKV:
         first, last, n = int(tok[0]), int(tok[-1]), len(tok)
         if self.windows is not None and hi - lo == 1 and self.windows.layers[lo]:
             self._fill(layers, self._lack(layers, last + 1 - int(self.length[lo, 0])))
-        begin, identity = self.length[lo:hi].copy(), np.ones(hi - lo, bool)
-        for layer in range(lo, hi):
-            if layer in self._explicit:
-                if ((ends := self._last(layer)) > first).any():
-                    return None
-                begin[layer - lo] -= ends == first
-                identity[layer - lo] = False
-                if (ends == first).any():
-                    self.pool.changed(self.table[layer, ends == first, begin[layer - lo][ends == first] // BLOCK])
-        if identity.any():
+        begin, listed = self.length[lo:hi].copy(), [layer for layer in self._explicit if lo <= layer < hi]
+        identity = np.delete(np.arange(hi - lo), [layer - lo for layer in listed]) if listed else slice(None)
+        for layer in listed:
+            if ((ends := self._last(layer)) > first).any():
+                return None
+            begin[layer - lo] -= ends == first
+            if (ends == first).any():
+                self.pool.changed(self.table[layer, ends == first, begin[layer - lo][ends == first] // BLOCK])
+        if len(listed) < hi - lo:
             if last - first + 1 != n or first > int(begin[identity].min()):
                 return None
             if self.windows is not None and (self.num_blocks[lo:hi] * BLOCK <= last).any():
@@ -233,8 +232,8 @@ class RequestKV:
         for rows in [slice(lo, hi)] if alike else [slice(layer, layer + 1) for layer in range(lo, hi)]:
             own = begin[rows.start - lo : rows.stop - lo]
             self._own(rows, slice(None), int(own.min()) // BLOCK, (int(own.max()) + n - 1) // BLOCK + 1)
-        for number in np.flatnonzero(~identity).tolist():
-            self._list(lo + number, begin[number] + np.arange(n)[:, None], tok, pos)
+        for layer in listed:
+            self._list(layer, begin[layer - lo] + np.arange(n)[:, None], tok, pos)
         if alike:  # whole columns
             first_block, place = divmod(int(begin[0, 0]), BLOCK)
             columns = self.table[lo:hi, :, first_block : (place + n - 1) // BLOCK + first_block + 1]

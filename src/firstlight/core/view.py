@@ -16,6 +16,7 @@ from firstlight.core.schedule import Account, Arrival, Event, Plan, Preempted, S
 
 T = TypeVar("T")
 RequestState = Literal["waiting", "admitting", "running", "preempted", "parked", "cancelled"]
+_FACTS = tuple(field.name for field in fields(Arrival))
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class _Fold:
             case told.UnitYielded(uid=uid):
                 self._yielded(uid, event.dur)
             case Arrival(rid=rid):
-                facts = {f.name: getattr(event, f.name) for f in fields(Arrival)}
+                facts = {name: getattr(event, name) for name in _FACTS}
                 self.requests[rid] = RequestView(**facts, arrival=self.now, f=(0,) * self.base.config.num_layers)
             case told.Admitted(rid=rid):
                 self._admitted(rid, event.n_cached)

@@ -13,6 +13,8 @@ import torch
 from firstlight.core.request import FinishReason, Logprobs, Request, SamplingParams, TokenOutput
 from firstlight.decode.stops import StopText
 
+_NOTHING = torch.tensor([], dtype=torch.int64)
+
 
 class Decoding:
     """One answer under way: `take` each token, then `output` says what its reader gets."""
@@ -26,7 +28,7 @@ class Decoding:
         self.counts: Counter[int] = Counter()
         """How often the answer has a token; kept where a penalty asks for it."""
         repeats = self.params.repetition_penalty != 1
-        self.seen = torch.tensor(sorted(set(request.prompt_ids)) if repeats else [], dtype=torch.int64)
+        self.seen = torch.tensor(sorted(set(request.prompt_ids)), dtype=torch.int64) if repeats else _NOTHING
         """i64, the tokens of prompt and answer; kept where the repetition penalty asks for them."""
         self.stop_reason: int | str | None = None
         self.logprobs: list[Logprobs] = []

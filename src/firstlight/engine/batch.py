@@ -39,6 +39,8 @@ class Member:
     """i64 [n] ordinals, ascending."""
     pos: Tensor
     x: Tensor
+    room: Tensor | None = None
+    """What `x` begins, padded as a batch of these rows alone is; until they are in one."""
     visible: Tensor | None = None
     """Ordinals that this layer's pass may read; None = all."""
     loaded: Cells | None = None
@@ -106,10 +108,12 @@ class Member:
 
     def select(self, mask: Tensor) -> None:
         """Only rows of bool [n] stay."""
+        self.room = None
         self.tok, self.pos, self.x = self.tok[mask], self.pos[mask], self.x[mask]
 
     def insert(self, tok: Tensor, x: Tensor) -> None:
         """More rows, sorted in by ordinal."""
+        self.room = None
         order = torch.argsort(torch.cat([self.tok, tok]))
         self.tok = torch.cat([self.tok, tok])[order]
         self.pos = torch.cat([self.pos, tok])[order]
@@ -127,7 +131,7 @@ class Block:
     sin: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Common:
     """What the layers that all members go through have of these, where that is known beforehand and lies in tables."""
 
@@ -141,11 +145,12 @@ class Common:
     tables: list[NDArray[np.int32]]
     """What `views` point to."""
 
-    def addresses(self, layer: int) -> tuple[int, int]:
-        """Of a layer's part."""
-        at = layer - self.first
-        slots = self.slots.data_ptr() + at * self.slots.stride(0) * self.slots.itemsize
-        return slots, self.views.ctypes.data + at * self.views.strides[0]
+    @cached_property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Of each layer's part."""
+        slots, step = self.slots.data_ptr(), self.slots.stride(0) * self.slots.itemsize
+        views, other_step = self.views.ctypes.data, self.views.strides[0]
+        return [(slots + at * step, views + at * other_step) for at in range(len(self.views))]
 
 
 class Batch:
@@ -180,18 +185,21 @@ class Batch:
         """Members that one attention call serves, and its rows: all without a planner together, others alone."""
 
     def _gather(self, model: Decoder) -> None:
-        """All rows, one member's after the other's."""
-        self.x = torch.empty(padded(max(self.n, 1)), self.members[0].x.shape[1])
+        """All rows, one member's after the other's; of one that comes alone none is moved."""
+        room = self.members[0].room if len(self.members) == 1 else None
+        self.x = torch.empty(padded(max(self.n, 1)), self.members[0].x.shape[1]) if room is None else room
         self.x[self.n :] = 0
-        self.tok = torch.cat([m.tok for m in self.members])
-        self.pos = torch.cat([m.pos for m in self.members])
+        self.tok = chained([m.tok for m in self.members])
+        self.pos = chained([m.pos for m in self.members])
         lo = 0
         for member in self.members:
             hi = lo + len(member.tok)
-            self.x[lo:hi] = member.x
-            member.x, member.lo = self.x[lo:hi], lo
+            if room is None:
+                self.x[lo:hi] = member.x
+            member.x, member.room, member.lo = self.x[lo:hi], None, lo
             lo = hi
-        self.cos, self.sin = model.rope(torch.nn.functional.pad(self.pos, (0, len(self.x) - self.n)))
+        padding = [self.pos.new_zeros(len(self.x) - self.n)] if self.n < len(self.x) else []
+        self.cos, self.sin = model.rope(chained([self.pos, *padding]))
 
     def blocks(self, step: int) -> list[Block]:
         """The rows in blocks of `step`; the last one reaches into the padding. Cut once for all layers."""
@@ -202,9 +210,10 @@ class Batch:
         return self._blocks[step]
 
     def scratch(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor [N padded, *shape], zero at first, kept as long as the batch: fresh memory costs page faults."""
+        """A tensor [N padded, *shape], zero behind N, kept as long as the batch: fresh memory costs page faults."""
         if name not in self._scratch:
-            self._scratch[name] = torch.zeros(len(self.x), *shape, dtype=self.dtype)
+            self._scratch[name] = torch.empty(len(self.x), *shape, dtype=self.dtype)
+            self._scratch[name][self.n :] = 0
         return self._scratch[name]
 
     def head(self, model: Decoder) -> Tensor:
@@ -242,14 +251,14 @@ class Batch:
     def own(self, layer: int, pace: Hashable) -> Own:
         """What calls have of a layer's own, of the model's and of the members'; `pace`: what they are cut by."""
         form, addresses = self._model.own[layer]
-        return Own((form, pace), (*addresses, *self._common.addresses(layer)))
+        return Own((form, pace), (*addresses, *self._common.addresses[layer - self._common.first]))
 
     @cached_property
     def _common(self) -> Common:
         begin = max(m.segment.layer[0] for m in self.members)
         end = min(m.segment.layer[1] for m in self.members)
         shared = [m.places.part(begin - m.segment.layer[0], end - begin) for m in self.members if m.places is not None]
-        slots = shared[0].slots if len(shared) == 1 else torch.cat([places.slots for places in shared], 1)
+        slots = chained([places.slots for places in shared], 1)
         ends, kvs = [places.ends for places in shared], [m.live.kv for m in self.members]
         views, tables = [kv.view(begin) for kv in kvs], [kv.table for kv in kvs]
         lengths = [np.maximum(kv.length[begin:end], more) for kv, more in zip(kvs, ends)]
@@ -272,7 +281,7 @@ class Batch:
             found = [places for m in self.members if (places := m.places_in(layer)) is not None]
             self._places[layer] = None
             if len(found) == len(self.members):
-                slots = found[0].slots[0] if len(found) == 1 else torch.cat([places.slots[0] for places in found])
+                slots = chained([places.slots[0] for places in found])
                 self._places[layer] = slots, [places.ends for places in found]
         return self._places[layer]
 
@@ -294,6 +303,11 @@ def count_read(members: Sequence[Member], call: AttnCall, layers: int = 1) -> No
             m.live.stats.dense += layers * ((first + 1 + end) * (end - first) // 2 * heads)
             read = call.stats.visible if len(members) == 1 else 0
             m.live.stats.visible += layers * (read or call.num_read(i) * heads)
+
+
+def chained(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One after the other; of one alone no copy is made."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _order(member: Member) -> tuple[bool, bool]:

@@ -14,18 +14,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from firstlight.core.parts import Keep, Merge
 from firstlight.core.schedule import Segment, WorkUnit
-from firstlight.engine.batch import Batch, Member, count_read
+from firstlight.engine.batch import Batch, Member, chained, count_read
 from firstlight.engine.cuts import RowCuts
 from firstlight.engine.held import Held
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.machine import Machine
 from firstlight.engine.probes import Probes
-from firstlight.engine.rates import slices
+from firstlight.engine.rates import padded, slices
 from firstlight.engine.spans import joined
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnCall, AttnRows
@@ -114,8 +115,11 @@ class Pass(Work):
         for policy, context in zip(live.policies, live.contexts) if live.is_governed(segment.kind == "decode") else ():
             mask = policy.rows0(tok, context)
             tok = tok if mask is None else tok[mask | (tok == live.num_prompt - 1)]
-        x = self.machine.model.embed(torch.tensor(live.ids[segment.tok[0] : segment.tok[1]])[tok - segment.tok[0]])
-        return Member(live, segment, tok, tok, x)
+        ids, n = np.array(live.ids[segment.tok[0] : segment.tok[1]]), len(tok)
+        wanted = np.zeros(padded(n), np.int64)
+        wanted[:n] = ids if n == len(ids) else ids[tok.numpy() - segment.tok[0]]
+        room = self.machine.model.embed(torch.from_numpy(wanted))
+        return Member(live, segment, tok, tok, room[:n], room)
 
     def _leave(self, layer: int) -> Iterator[Stop]:
         """Segments that end before `layer`: rows wait there, or go through the head."""
@@ -145,8 +149,8 @@ class Pass(Work):
             logits = batch.head(model)
             self.logits |= {m.live.rid: logits[m.lo] for m in last}
         elif last:
-            logits = model.head(torch.cat([m.x[-1:] for m in last]))
-            self.logits |= {m.live.rid: row for m, row in zip(last, logits)}
+            logits = model.head(chained([m.x[-1:] for m in last]))
+            self.logits |= {m.live.rid: logits[row] for row, m in enumerate(last)}
 
     def _head(self, member: Member) -> Iterator[Stop]:
         """Logits of the rows asked for, in row blocks."""
@@ -179,15 +183,14 @@ class Pass(Work):
                 for members, call in batch.calls[noted]:
                     count_read(members, call, len(others))
             for passed in held.stretches(self.machine.bell):
-                for stop, seconds in passed:
-                    self.machine.observe(stop, seconds)
-                yield stop
+                self.machine.observe(passed)
+                yield passed[-1][0]
             self._end(range(layer, held.end), aside)
             return held.end
         with batch.recording(layer):
             before = time.perf_counter()
             for stop in self._compute(layer, batch):
-                self.machine.observe(stop, time.perf_counter() - before)
+                self.machine.observe([(stop, time.perf_counter() - before)])
                 if self._fine:
                     yield stop
                 before = time.perf_counter()
@@ -203,7 +206,7 @@ class Pass(Work):
         """The members' rows as a batch, and whether to stop inside its layers; a steady one, if that may be."""
         machine, members = self.machine, self._members
         rows = sum(len(m.tok) for m in members)
-        pairs = sum(int(m.tok.sum()) for m in members) + rows
+        pairs = sum(len(m.tok) * sum(m.segment.tok) // 2 for m in members) + rows
         self._fine = machine.stride(self.unit, rows, pairs) == 0
         steady = None if self._fine else machine.steady.batch(members)
         self._batch = steady or Batch(members, machine.model)

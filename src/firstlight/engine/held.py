@@ -94,7 +94,8 @@ class Held:
     def _repeat(self, mine: Own, noted: Noted) -> None:
         """A layer's calls, for the next one."""
         self.repeated.setdefault(noted.layer, []).append(self.end)
-        self._noted += [(stop._replace(layer=self.end), len(self._tape) + calls) for stop, calls in noted.stops]
+        layer, before = self.end, len(self._tape)
+        self._noted += [(Stop(s.level, layer, s.op, s.work), before + calls) for s, calls in noted.stops]
         self._tape.repeat(noted.tape, noted.begin, noted.end, noted.own.addresses, mine.addresses)
 
     def _fits(self, layers: range) -> bool:
@@ -105,4 +106,4 @@ class Held:
     def _raise(self, level: YieldAt) -> None:
         """The last stop is of this level, too."""
         stop, calls = self._noted[-1]
-        self._noted[-1] = stop._replace(level=level), calls
+        self._noted[-1] = Stop(level, stop.layer, stop.op, stop.work), calls

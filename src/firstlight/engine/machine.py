@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -51,10 +52,10 @@ class Machine:
         rows = (self.linear.rows(work) for work in (own, flops - own))
         return (*rows, math.frexp(self.attention.per_second)[1])
 
-    def observe(self, stop: Stop, seconds: float) -> None:
-        """What the stretch before a stop took."""
-        if stop.work:
-            (self.attention if stop.op == "attend" else self.linear).observe(stop.work, seconds)
+    def observe(self, passed: Sequence[tuple[Stop, float]]) -> None:
+        """What the stretch before each stop took."""
+        self.attention.observe((stop.work, seconds) for stop, seconds in passed if stop.op == "attend")
+        self.linear.observe((stop.work, seconds) for stop, seconds in passed if stop.op != "attend")
 
     def _seconds(self, rows: int, pairs: int) -> float:
         """A layer's predicted time, for so many rows and (row, key) pairs of dense attention."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 SLICE_S = 0.02
@@ -21,9 +21,13 @@ class Rate:
 
     per_second: float = _FIRST_GUESS
 
-    def observe(self, work: float, seconds: float) -> None:
-        if work > 1e8 and seconds > 0:
-            self.per_second = _MEMORY * self.per_second + (1 - _MEMORY) * work / seconds
+    def observe(self, stretches: Iterable[tuple[float, float]]) -> None:
+        """Operations and seconds of some stretches in a row."""
+        long = [(work, seconds) for work, seconds in stretches if work > 1e8 and seconds > 0]
+        if long:
+            kept = _MEMORY ** len(long)
+            work, seconds = map(sum, zip(*long))
+            self.per_second = kept * self.per_second + (1 - kept) * work / seconds
 
     def rows(self, work_per_row: float) -> int:
         """The largest block of rows that fits a slice; few sizes, since each new one costs the linears set-up time."""

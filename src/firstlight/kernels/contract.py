@@ -108,8 +108,8 @@ class AttnCall:
             return int(torch.stack(counts).sum()) // len(counts)
         key = ("read", i, self.model_window)
         if key not in self.rows.memo:
-            read = tok + 1
-            self.rows.memo[key] = int((read if self.model_window is None else read.clamp(max=self.model_window)).sum())
+            before = tok if self.model_window is None else tok.clamp(max=self.model_window - 1)
+            self.rows.memo[key] = int(before.sum()) + len(tok)
         return int(self.rows.memo[key])
 
 

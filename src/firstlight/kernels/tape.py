@@ -50,7 +50,10 @@ if TYPE_CHECKING or lib is None:
             """Make calls [begin, end), all by default, without Python's lock."""
 
         def timed(self, begin: int, ends: Sequence[int], bell: Bell) -> list[float]:
-            """Make calls from `begin` up to each of these ends, till the bell rings: each stretch's seconds."""
+            """Make calls from `begin` up to each of these ends, till the bell rings: each stretch's seconds.
+
+            A signal's handler runs meanwhile, as between two lines of Python: Ctrl-C raises.
+            """
             return []
 
     class Bell:

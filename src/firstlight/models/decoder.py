@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -160,13 +160,15 @@ class Decoder:
             layer, _, rest = name.partition(".")
             if rest:
                 linears.setdefault(int(layer), []).append(self.linears.own(name))
+        forms: dict[Hashable, int] = {}
         found = []
         for layer, parts in sorted(linears.items()):
             vectors = [*self._gains[layer].values(), self._head_gains[layer], self._bias[layer]]
             vectors += [] if self._centres is None else [self._centres[layer]]
             lie = [v.data_ptr() for v in vectors if v is not None]
             form = (self.windows[layer], self._table_of[layer], len(lie), *[part.form for part in parts])
-            found.append(Own(form, (*lie, *[a for part in parts for a in part.addresses])))
+            number = forms.setdefault(form, len(forms))
+            found.append(Own(number, (*lie, *[a for part in parts for a in part.addresses])))
         return found
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -181,12 +183,13 @@ class Decoder:
 
         One table for each RoPE base of the model. Angles are in float64, exact however far.
         """
-        tables = []
-        for frequencies, gain in self._tables:
-            angle = pos[:, None].double() * frequencies
-            cos, sin = (angle.cos() * gain).float(), (angle.sin() * gain).float()
-            tables.append((torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)))
-        return torch.stack([cos for cos, _ in tables]), torch.stack([sin for _, sin in tables])
+        half = self.config.head_dim // 2
+        cos, sin = torch.empty(2, len(self._tables), len(pos), 2, half)
+        for table, (frequencies, gain) in enumerate(self._tables):
+            angle = (pos[:, None] * frequencies)[:, None]
+            cos[table], sin[table] = (turn if gain == 1 else turn * gain for turn in (angle.cos(), angle.sin()))
+        sin[..., 0, :].neg_()
+        return cos.flatten(2), sin.flatten(2)
 
     def turn(self, layer: int, k: Tensor, by: Tensor, again: bool) -> Tensor:
         """Keys k [n, Hkv, d] rotated by positions i64 [n]; `again`: on top of a rotation, whose gain they have."""

@@ -43,7 +43,7 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
     how = (torch.get_num_threads(), q.dtype == torch.bfloat16, layout.is_int8)
     listed = 0 if plan is None else plan.ctypes.data
     seen = lib.attend(numbers, listed, probe, views.ctypes.data, call.scale, call.score_cap or 0.0, r0, r1, *how)
-    call.stats.dense += (before[r1] - before[r0]) * heads
+    call.stats.dense += int(before[r1] - before[r0]) * heads
     call.stats.visible += seen
 
 
@@ -58,13 +58,16 @@ def layer_numbers(views: Sequence[KVView], steps: Sequence[int], lengths: Sequen
     Of each view the bytes from a layer's table to the next one's, and lengths [L, Hkv].
     """
     layers, heads = lengths[0].shape
-    numbers = np.repeat(view_numbers(views)[None], layers, 0)
-    numbers[:, :, 0] += np.arange(layers)[:, None] * np.array(steps)
-    numbers[:, :, -heads:] = np.stack(lengths, 1)
+    first = view_numbers(views)
+    numbers = np.empty((layers, *first.shape), np.int64)
+    numbers[:] = first
+    for view, (step, length) in enumerate(zip(steps, lengths)):
+        numbers[:, view, 0] += step * np.arange(layers)
+        numbers[:, view, -heads:] = length
     return numbers
 
 
-def _numbers(rows: AttnRows) -> tuple[Numbers, list[int], int, int]:
+def _numbers(rows: AttnRows) -> tuple[Numbers, Numbers, int, int]:
     """Alike in all layers: row_ptr, dense pairs before each row, addresses of ordinals and positions."""
     assert rows.tok.is_contiguous() and rows.pos.is_contiguous()
     made = (np.array(rows.row_ptr, np.int64), _dense_pairs(rows), rows.tok.data_ptr(), rows.pos.data_ptr())
@@ -77,16 +80,17 @@ def attend_work(call: AttnCall, r0: int, r1: int) -> list[tuple[int, float]]:
     key = ("work", r0, r1)
     if key not in call.rows.memo:
         ends = [*range(r0 + _STEP, r1, _STEP), r1] if r1 > r0 else []
-        before = _dense_pairs(call.rows)
+        pairs = np.diff(_dense_pairs(call.rows)[[r0, *ends]])
         each = 4.0 * call.q.shape[1] * call.q.shape[2]
-        call.rows.memo[key] = [(e, each * (before[e] - before[b])) for b, e in zip([r0, *ends], ends)]
+        call.rows.memo[key] = list(zip(ends, (each * pairs).tolist()))
     work: list[tuple[int, float]] = call.rows.memo[key]
     return work
 
 
-def _dense_pairs(rows: AttnRows) -> list[int]:
+def _dense_pairs(rows: AttnRows) -> Numbers:
     """[N + 1]: (row, key) pairs of a dense pass over the rows before each."""
-    pairs: list[int] = np.concatenate([[0], np.cumsum(rows.tok.numpy() + 1)]).tolist()
+    pairs = np.zeros(len(rows.tok) + 1, np.int64)
+    np.cumsum(rows.tok.numpy() + 1, out=pairs[1:])
     return pairs
 
 
