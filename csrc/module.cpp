@@ -173,7 +173,7 @@ NB_MODULE(_native, m) {
             tape.calls.insert(tape.calls.end(), other.calls.begin(), other.calls.end());
             tape.is_whole &= other.is_whole;
         }, nb::arg("other"), "what another tape does, afterwards")
-        .def("repeat", &Tape::repeat, nb::arg("tape"), nb::arg("begin"), nb::arg("end"), nb::arg("old"), nb::arg("new"), "calls [begin, end) of a tape, afterwards, with new addresses for old ones")
+        .def("repeat", &Tape::repeat, nb::arg("tape"), nb::arg("begin"), nb::arg("end"), nb::arg("old"), nb::arg("sets"), "calls [begin, end) of a tape, afterwards, once for each set of new addresses for old ones")
         .def("__len__", [](const Tape& tape) { return tape.calls.size(); })
         .def("run", &Tape::run, unlocked, nb::arg("begin") = 0, nb::arg("end") = SIZE_MAX, "make calls [begin, end)")
         .def("timed", [](const Tape& tape, size_t begin, const std::vector<size_t>& ends, const Bell& bell) {

@@ -79,11 +79,13 @@ struct Tape {
         calls.push_back(std::make_shared<CallOf<Function, Operands...>>(std::move(function), std::tuple(operands...)));
     }
 
-    // Calls [begin, end) of a tape, afterwards, with new addresses for old ones.
-    void repeat(const Tape& tape, size_t begin, size_t end, const std::vector<Address>& old, const std::vector<Address>& fresh) {
-        Moves moves;
-        for (size_t i = 0; i < old.size(); ++i) moves.to[old[i]] = fresh[i];
-        for (size_t i = begin; i < end; ++i) calls.push_back(tape.calls[i]->moved(moves));
+    // Calls [begin, end) of a tape, afterwards, with new addresses for old ones: once for each set of new ones.
+    void repeat(const Tape& tape, size_t begin, size_t end, const std::vector<Address>& old, const std::vector<std::vector<Address>>& sets) {
+        for (const std::vector<Address>& fresh : sets) {
+            Moves moves;
+            for (size_t i = 0; i < old.size(); ++i) moves.to[old[i]] = fresh[i];
+            for (size_t i = begin; i < end; ++i) calls.push_back(tape.calls[i]->moved(moves));
+        }
     }
 
     // Calls from `begin` up to each of these ends, till the bell rings: the seconds that each stretch took. One at least.

@@ -151,7 +151,7 @@ def test_a_repeated_call_finds_its_operands_elsewhere() -> None:
         ops.rms_norm(x, other, 1e-5)
         made = ops.silu_mul(ops.rms_norm(x, GAIN, 1e-5))
     with holding(memory) as tape:
-        tape.repeat(first, 1, 3, [GAIN.data_ptr()], [other.data_ptr()])
+        tape.repeat(first, 1, 3, [GAIN.data_ptr()], [[other.data_ptr()]])
     assert isinstance(made, Tensor) and isinstance(want, Tensor) and len(tape) == 2
     tape.run()
     assert torch.equal(made, want)

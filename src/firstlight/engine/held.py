@@ -7,6 +7,7 @@ by before somebody wants to look.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -59,18 +60,18 @@ class Held:
         self._noted: list[tuple[Stop, int]] = []
         """Each stop, and how many calls come before it."""
         with holding(batch.memory) as self._tape:
-            while self.end < layers.stop and (self.end == layers.start or (batch.is_foreseen and self._fits(layers))):
+            while self.end < layers.stop and (self.end == layers.start or (batch.is_foreseen and self._room(layers) > 0)):
                 if self._noted:
                     self._raise("layer")
                 mine = None if own is None else own(self.end)
-                if mine is not None and mine.form in batch.noted:
-                    self._repeat(mine, batch.noted[mine.form])
-                else:
-                    begin, first = len(self._tape), len(self._noted)
-                    self._note(compute(self.end))
-                    if mine is not None:
-                        stops = [(stop, calls - begin) for stop, calls in self._noted[first:]]
-                        batch.noted[mine.form] = Noted(self.end, mine, self._tape, begin, len(self._tape), stops)
+                if own is not None and mine is not None and mine.form in batch.noted:
+                    self._repeat(batch.noted[mine.form], mine, own, layers)
+                    continue
+                begin, first = len(self._tape), len(self._noted)
+                self._note(compute(self.end))
+                if mine is not None:
+                    stops = [(stop, calls - begin) for stop, calls in self._noted[first:]]
+                    batch.noted[mine.form] = Noted(self.end, mine, self._tape, begin, len(self._tape), stops)
                 self.end += 1
 
     def stretches(self, bell: Bell) -> Iterator[list[tuple[Stop, float]]]:
@@ -91,17 +92,24 @@ class Held:
             else:  # nothing is to be done since the last one
                 self._raise(stop.level)
 
-    def _repeat(self, mine: Own, noted: Noted) -> None:
-        """A layer's calls, for the next one."""
-        self.repeated.setdefault(noted.layer, []).append(self.end)
-        layer, before = self.end, len(self._tape)
-        self._noted += [(Stop(s.level, layer, s.op, s.work), before + calls) for s, calls in noted.stops]
-        self._tape.repeat(noted.tape, noted.begin, noted.end, noted.own.addresses, mine.addresses)
+    def _repeat(self, noted: Noted, mine: Own, own: Callable[[int], Own], layers: range) -> None:
+        """A layer's calls, for the next one, whose own is `mine`, and for those behind it of the same form that fit."""
+        each, before, most = noted.end - noted.begin, len(self._tape), max(1, self._room(layers))
+        last = min(self.end + most, layers.stop)
+        alike = [mine, *itertools.takewhile(lambda other: other.form == mine.form, map(own, range(self.end + 1, last)))]
+        self._tape.repeat(noted.tape, noted.begin, noted.end, noted.own.addresses, [a.addresses for a in alike])
+        for layer in range(self.end, self.end + len(alike)):
+            if layer > self.end:
+                self._raise("layer")
+            self._noted += [(Stop(s.level, layer, s.op, s.work), before + calls) for s, calls in noted.stops]
+            before += each
+        self.repeated.setdefault(noted.layer, []).extend(range(self.end, self.end + len(alike)))
+        self.end += len(alike)
 
-    def _fits(self, layers: range) -> bool:
-        """Whether one more, as large as those so far, does."""
-        count = self.end - layers.start
-        return len(self._tape) * (count + 1) <= self._most * count
+    def _room(self, layers: range) -> int:
+        """How many more fit, as large as those so far."""
+        count, calls = self.end - layers.start, len(self._tape)
+        return self._most * count // calls - count if calls else 0
 
     def _raise(self, level: YieldAt) -> None:
         """The last stop is of this level, too."""

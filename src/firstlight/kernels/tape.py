@@ -43,8 +43,8 @@ if TYPE_CHECKING or lib is None:
         def extend(self, other: Tape) -> None:
             """What another tape does, afterwards."""
 
-        def repeat(self, tape: Tape, begin: int, end: int, old: Sequence[int], new: Sequence[int]) -> None:
-            """Calls [begin, end) of a tape, afterwards, with new addresses for old ones."""
+        def repeat(self, tape: Tape, begin: int, end: int, old: Sequence[int], sets: Sequence[Sequence[int]]) -> None:
+            """Calls [begin, end) of a tape, afterwards, once for each set of new addresses for old ones."""
 
         def run(self, begin: int = 0, end: int = ...) -> None:
             """Make calls [begin, end), all by default, without Python's lock."""
