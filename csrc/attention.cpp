@@ -55,7 +55,7 @@ std::vector<Tile> tiles(const AttnArgs& call) {
         }
     }
     if (call.plan && call.plan->col_ptr)  // lists that gather columns one after the other, since they may be alike
-        std::stable_sort(made.begin(), made.end(), [](const Tile& x, const Tile& y) { return x.b != y.b ? x.b < y.b : x.head < y.head; });
+        std::stable_sort(made.begin(), made.end(), [](const Tile& x, const Tile& y) { return x.b != y.b ? x.b < y.b : x.kv < y.kv; });
     return made;
 }
 

@@ -80,7 +80,7 @@ struct Plain {
     static void take(const typename T::scalar* q, int dim, float, typename T::scalar* to, Rows&, int) {
         for (int d = 0; d < dim; d += W) std::memcpy(to + d, q + d, W * sizeof *q);
     }
-    static Scores scores(const uint32_t*, ptrdiff_t, const Rows&, int, const Shares&, int) { return {}; }
+    static Scores scores(const uint32_t*, ptrdiff_t, int, const Rows&, int, const Shares&, int) { return {}; }
 
     // What a strip keeps of a score is its level: here the score itself, of which one is worth `unit`.
     static float unit(float scale) { return scale; }
@@ -145,8 +145,8 @@ struct Eighths {
         rows.step[row] = step * scale;
         rows.start[row] = std::fabs(total) < 1e6f ? -128 * (int32_t)total : 0;  // q may hold no numbers
     }
-    static Scores scores(const uint32_t* k, ptrdiff_t dim, const Rows& rows, int row, const Shares& shares, int at) {
-        return {scales(k, dim), shares.log + at, &rows.start[row], &rows.step[row]};
+    static Scores scores(const uint32_t* k, ptrdiff_t dim, int first, const Rows& rows, int row, const Shares& shares, int at) {
+        return {scales(k, dim) + first, shares.log + at, &rows.start[row], &rows.step[row]};
     }
 
     // A level is a score in powers of two, with V's scale in it.

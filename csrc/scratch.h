@@ -33,20 +33,25 @@ template <class E>
 class Gathered {
   public:
     // A call begins: what lies in K and V may have changed.
-    void begin() { held_.clear(); }
+    void begin() {
+        for (Copies& head : heads_) head.held.clear();
+    }
 
     // Block n of the columns: K, then V.
     const uint32_t* block(const AttnArgs& call, const Tile& tile, const Walk& walk, int n) {
         const size_t each = 2 * E::words(call.head_dim), all = (walk.columns.size() + BLOCK - 1) / BLOCK;
-        if (held_.size() < all) held_.resize(all), columns_.resize(all * BLOCK);  // for all at once: a tile keeps addresses
-        if (store_.size() < all * each) store_.resize(all * each);
+        const size_t group = call.num_heads / call.num_kv_heads;
+        if (heads_.size() < group) heads_.resize(group);
+        Copies& own = heads_[tile.head % group];
+        if (own.held.size() < all) own.held.resize(all), own.columns.resize(all * BLOCK);  // for all at once: a tile keeps addresses
+        if (own.store.size() < all * each) own.store.resize(all * each);
         const Held wanted{&view_of(call, tile), tile.kv, std::min(BLOCK, (int)walk.columns.size() - n * BLOCK)};
         const int32_t* columns = &walk.columns[(size_t)n * BLOCK];
-        uint32_t* to = &store_[n * each];
-        if (!held_[n].has(wanted) || !std::equal(columns, columns + wanted.count, &columns_[(size_t)n * BLOCK])) {
+        uint32_t* to = &own.store[n * each];
+        if (!own.held[n].has(wanted) || !std::equal(columns, columns + wanted.count, &own.columns[(size_t)n * BLOCK])) {
             copy(call, tile, columns, wanted.count, to);
-            std::copy_n(columns, wanted.count, &columns_[(size_t)n * BLOCK]);
-            held_[n] = wanted;
+            std::copy_n(columns, wanted.count, &own.columns[(size_t)n * BLOCK]);
+            own.held[n] = wanted;
         }
         return to;
     }
@@ -91,9 +96,12 @@ class Gathered {
         bool has(const Held& other) const { return view == other.view && kv == other.kv && count >= other.count; }
     };
 
-    std::vector<uint32_t> store_;
-    std::vector<Held> held_;  // of each block in it
-    std::vector<int32_t> columns_;
+    struct Copies {
+        std::vector<uint32_t> store;
+        std::vector<Held> held;  // of each block in it
+        std::vector<int32_t> columns;
+    };
+    std::vector<Copies> heads_;  // of one KV head, which take turns
 };
 
 // Rows of a strip: those of a whole tile of sums.

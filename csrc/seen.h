@@ -93,8 +93,12 @@ class Walk {
     // Columns that nothing else covers are gathered, as far as they are reached and seen, unless a list has many of a block:
     // the list alone decides, since a row's sums must not hang on who is in the call.
     void part(Span listed, int64_t blk, int64_t sink, int64_t reached, const uint8_t* visible) {
-        const int32_t* i = listed.begin;
-        for (const int32_t* c = places.begin; c != places.end;) {
+        if (listed.empty() && !visible && !has_many(reached)) {  // no need to look at each
+            columns.assign(std::lower_bound(places.begin, places.end, sink), std::lower_bound(places.begin, places.end, std::max(sink, reached)));
+            return;
+        }
+        const int32_t *i = listed.begin, *c = places.begin;
+        while (c != places.end && *c / BLOCK * BLOCK < reached) {
             const int64_t block = *c / BLOCK;
             const size_t kept = kept_.size();
             for (; c != places.end && *c / BLOCK == block; ++c) {
@@ -107,6 +111,14 @@ class Walk {
             std::copy_if(first, last, std::back_inserter(columns), [=](int32_t entry) { return !visible || visible[entry]; });
             kept_.resize(kept);
         }
+    }
+
+    // Whether a block that begins before `reached` has many.
+    bool has_many(int64_t reached) const {
+        const int32_t* end = std::lower_bound(places.begin, places.end, (reached + BLOCK - 1) / BLOCK * BLOCK);
+        int found = 0;
+        for (const int32_t* c = places.begin; c + MANY <= end; ++c) found |= (c[0] ^ c[MANY - 1]) < BLOCK;
+        return found;
     }
 
     std::vector<int32_t> kept_;
@@ -165,11 +177,11 @@ class Seen {
     // The same for `count` gathered columns: what a window covers is seen where it lies.
     Sum columns(const int32_t* at, int count, uint64_t* mask) {
         const auto tok_of = [this](int32_t entry) { return tok_ ? tok_[entry] : entry; };
-        const bool past = tok_of(at[count - 1]) <= first_;
         Sum sum{0, ~0ull};
-        for (int i = 0; i < tile_.hi - tile_.lo; ++i) {
+        for (int i = 0, reached = tok_of(at[count - 1]) <= first_ ? count : 0; i < tile_.hi - tile_.lo; ++i) {
             const int64_t tok = call_.tok[tile_.lo + i], pos = call_.pos[tile_.lo + i];
-            uint64_t m = below(past ? count : std::partition_point(at, at + count, [&](int32_t entry) { return tok_of(entry) <= tok; }) - at);
+            while (reached < count && tok_of(at[reached]) <= tok) ++reached;
+            uint64_t m = below(reached);
             for (int j = 0; window_ > 0 && j < count; ++j)
                 if (pos - (pos_ ? pos_[at[j]] : at[j]) < window_) m &= ~(1ull << j);
             mask[i] = m, sum.any |= m, sum.every &= m;

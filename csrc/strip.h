@@ -67,10 +67,11 @@ class Strip {
     int64_t visible() const { return visible_; }
     // A row's scores for the n-th block that the strip sees, [BLOCK], instead of its levels; the block's number.
     const float* scores(int row, int n) {
-        const int width = parts_[n].width;
-        for (int e = 0; e < width; e += W) store(at(row, n) + e, E::score(load(at(row, n) + e), s_.shares, parts_[n].found * BLOCK + e));
-        std::fill(at(row, n) + width, at(row, n) + BLOCK, -INFINITY);
-        return at(row, n);
+        const auto [found, place, first, width] = parts_[n];
+        float* to = at(row, n);
+        for (int e = width - W; e >= 0; e -= W) store(to + first + e, E::score(load(to + e), s_.shares, found * BLOCK + first + e));
+        std::fill(to, to + first, -INFINITY), std::fill(to + first + width, to + BLOCK, -INFINITY);
+        return to;
     }
     int number(int n) const { return found_.number[parts_[n].found]; }
 
@@ -98,7 +99,7 @@ class Strip {
         // Inlined by force, here and below: a call would put the sums into memory.
         const auto add = [&](auto& sums, int n, int row, int column) __attribute__((always_inline)) {
             const auto* weight = (const typename Weight::scalar*)&s_.score[row * SPLIT] + n * BLOCK;
-            const auto* v = (const typename Weight::weight*)found_.values[parts_[n].found] + column * Weight::PAIR;
+            const auto* v = (const typename Weight::weight*)found_.values[parts_[n].found] + parts_[n].first * dim_ + column * Weight::PAIR;
             const ptrdiff_t stride = SPLIT * (sizeof(float) / sizeof *weight), step = dim_ * Weight::PAIR;
             const int groups = parts_[n].width / Weight::PAIR;
             const bool next = !column && n + 1 < count_, beside = std::remove_reference_t<decltype(sums)>::HAS_GAPS && rows_ == ROWS;
@@ -122,9 +123,10 @@ class Strip {
     }
 
   private:
-    // A block that some row of the strip sees, up to entry `width`: which of those found, and where its scores are.
+    // Entries [first, first + width) of a block, all that rows of the strip see: which of those found, where scores are.
     struct Part {
-        int found, place, width;
+        int found, place, first, width;
+        int share() const { return found * BLOCK + first; }
     };
 
     float* at(int row, int n) { return &s_.score[row * SPLIT + parts_[n].place * BLOCK]; }
@@ -140,10 +142,10 @@ class Strip {
             any |= m, every &= m, visible_ += __builtin_popcountll(m);
         }
         if (!any) return;
-        const int width = (BLOCK - __builtin_clzll(any) + W - 1) / W * W, n = count_++;
-        parts_[n] = {found, n, width};
-        const auto* k = (const typename Query::weight*)found_.keys[found];
-        const auto scores = E::scores(found_.keys[found], dim_, s_.q_rows, first_, s_.shares, found * BLOCK);
+        const int first = __builtin_ctzll(any) / W * W, width = (BLOCK - __builtin_clzll(any) + W - 1) / W * W - first, n = count_++;
+        parts_[n] = {found, n, first, width};
+        const auto* k = (const typename Query::weight*)found_.keys[found] + first * Query::PAIR;
+        const auto scores = E::scores(found_.keys[found], dim_, first, s_.q_rows, first_, s_.shares, found * BLOCK + first);
         product<Query>(rows_, width, Scored<E>{scores, at(0, n), high(0, n)},
                        [&](auto& sums, int row, int column) __attribute__((always_inline)) {
                            sums.add(&s_.q[(size_t)(first_ + row) * dim_], dim_, k + column * Query::PAIR, BLOCK * Query::PAIR, dim_ / Query::PAIR);
@@ -154,10 +156,10 @@ class Strip {
     // Soft cap on a block's scores, -inf where a row doesn't see.
     void revise(int n) {
         for (int i = 0; i < rows_; ++i) {
-            const uint64_t m = mask(i, parts_[n].found);
+            const uint64_t m = mask(i, parts_[n].found) >> parts_[n].first;
             vf top = all(LOWEST);
             for (int e = 0; e < parts_[n].width; e += W) {
-                const int share = parts_[n].found * BLOCK + e;
+                const int share = parts_[n].share() + e;
                 const vf x = load(at(i, n) + e), now = call_.cap > 0 ? E::level(capped(E::score(x, s_.shares, share)), s_.shares, share) : x;
                 const vf level = where(m >> e, now, -INFINITY);
                 top = max(top, level);
@@ -176,7 +178,7 @@ class Strip {
     void vote(int n) {
         for (int i = 0; i < rows_; ++i) {
             vf most = all(-INFINITY);
-            for (int e = 0; e < parts_[n].width; e += W) most = max(E::score(load(at(i, n) + e), s_.shares, parts_[n].found * BLOCK + e), most);  // `most` if one is no number
+            for (int e = 0; e < parts_[n].width; e += W) most = max(E::score(load(at(i, n) + e), s_.shares, parts_[n].share() + e), most);  // `most` if one is no number
             const float top = highest_fast(most);
             float& best = s_.best[first_ + i];
             const bool keep = top > -INFINITY && !(top - best < s_.below[first_ + i]);  // never -inf minus -inf
@@ -219,7 +221,7 @@ class Strip {
       public:
         explicit Weights(Strip& strip) : strip_(strip) {}
         void begin(int n) {
-            n_ = n, width_ = strip_.parts_[n].width, share_ = strip_.parts_[n].found * BLOCK;
+            n_ = n, width_ = strip_.parts_[n].width, share_ = strip_.parts_[n].share();
             from_ = strip_.at(0, n), shift_ = &strip_.shift_[E::BY_BLOCK ? n : 0];
             to_ = (typename Weight::scalar*)&strip_.s_.score[0] + n * BLOCK;
         }
