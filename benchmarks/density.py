@@ -26,6 +26,7 @@ from firstlight.core.attn import AttnPlan, PlanContext
 from firstlight.kernels.contract import AttnCall, AttnRows, AttnStats, KVView
 from firstlight.kernels.dispatch import fastest
 from firstlight.kernels.kv_layout import Int8Layout, KVLayout
+from firstlight.kernels.threads import bound
 from firstlight.models.config import ModelConfig
 from firstlight.models.weights.checkpoint import open_checkpoint
 from firstlight.models.weights.hub import resolve
@@ -37,7 +38,7 @@ def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     config = open_checkpoint(resolve(args.model)).config
-    with torch.inference_mode():
+    with torch.inference_mode(), bound():  # as the engine runs
         rows = measure(config, args)
     print(f"{'entries':12} {'asked':>6} {'density':>8} {'ms':>9} {'of dense':>9} {'over':>6}")
     for row in rows:
