@@ -20,6 +20,8 @@ inline __attribute__((always_inline)) void ask_for(const Tile& tile, const T* fi
         }
 }
 
+constexpr int64_t KEPT = 256 << 10;  // bytes of output up to which it stays in the caches for whoever reads it
+
 template <class E>
 class TileWork {
   public:
@@ -30,7 +32,7 @@ class TileWork {
     // `s.walk` is that of the tile's list.
     TileWork(const AttnArgs& call, const Tile& tile, Scratch<E>& s)
         : call_(call), tile_(tile), seen_(call, tile, s.walk), s_(s), dim_((int)call.head_dim), rows_(tile.rows()),
-          in_place_(seen_.num_blocks()), words_(E::words(dim_)),
+          in_place_(seen_.num_blocks()), past_caches_(goes_past(call)), words_(E::words(dim_)),
           log2_unit_(E::unit(call.scale) * LOG2E) {
         s.reserve(rows_, dim_);
         each_row([&](int i, int row, int head) {
@@ -95,7 +97,10 @@ class TileWork {
             float* row_out = &s_.out[(size_t)i * dim_];
             const vf share = all(empty ? 0.0f : E::finish(row_out, dim_) / s_.total[i]);
             scalar* out = (scalar*)call_.out + row * call_.out_row + head * call_.out_head;
-            for (int d = 0; d < dim_; d += W) T::narrow(out + d, load(row_out + d) * share);
+            if (past_caches_)
+                for (int d = 0; d < dim_; d += 2 * W) T::narrow_past(out + d, load(row_out + d) * share, load(row_out + d + W) * share);
+            else
+                for (int d = 0; d < dim_; d += W) T::narrow(out + d, load(row_out + d) * share);
             if (!call_.lse && !lse2) return;
             const float lse = empty ? -INFINITY : s_.top[i] + std::log2(s_.total[i]);
             if (call_.lse) call_.lse[row * call_.num_heads + head] = lse * LN2;
@@ -105,7 +110,7 @@ class TileWork {
 
     void whole(float* lse2) {
         begin();
-        ask_for<true>(tile_, (const scalar*)call_.out, call_.out_row, call_.out_head, dim_);
+        if (!past_caches_) ask_for<true>(tile_, (const scalar*)call_.out, call_.out_row, call_.out_head, dim_);
         if (call_.plan && call_.plan->skip_log) {
             in_scan_order([&](int begin, int end, bool descending) {
                 add([&](float* part, float* top, float* total) { return reduce_kept(begin, end, descending, part, top, total); });
@@ -193,6 +198,11 @@ class TileWork {
 
     static int splits_of(int blocks) { return (blocks + SPLIT_BLOCKS - 1) / SPLIT_BLOCKS; }
     int splits_in_place() const { return splits_of(in_place_); }
+    // Whether rows are written past the caches, which have better things to hold: there are many, in whole lines.
+    static bool goes_past(const AttnArgs& call) {
+        const int64_t row = call.num_heads * call.head_dim * sizeof(scalar), lines = call.out_row | call.out_head | call.head_dim;
+        return sizeof(scalar) == 2 && call.row_ptr[call.num_requests] * row > KEPT && (lines * sizeof(scalar) | (uintptr_t)call.out) % 64 == 0;
+    }
     void add(const float* score, float lse, float* sums, int block, int64_t length) {
         float mass[BLOCK];
         for (int e = 0; e < BLOCK; e += W) store(mass + e, exp2<5>(fma(load(score + e), all(log2_unit_), all(-lse))));
@@ -205,6 +215,7 @@ class TileWork {
     Seen seen_;
     Scratch<E>& s_;
     const int dim_, rows_, in_place_;
+    const bool past_caches_;
     const ptrdiff_t words_;
     const float log2_unit_;  // of a score
     bool is_empty_ = true;  // no split was joined yet

@@ -107,7 +107,7 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
             any[i] = tile.reduce((int)i - first[owner[i]], part + rows[i] * dim, top + rows[i], total + rows[i]);
             visible += tile.visible();
         }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (size_t t = 0; t < work.size(); ++t) {
             TileWork<E> tile(call, work[t], scratch<E>());
             tile.begin();
@@ -115,6 +115,7 @@ int64_t by_splits(const AttnArgs& call, const std::vector<Tile>& work, float* ls
                 if (any[i]) tile.join(part + rows[i] * dim, top + rows[i], total + rows[i]);
             tile.finish(lse2);
         }
+        end_of_stores();
     }
     return visible;
 }
@@ -127,7 +128,7 @@ int64_t by_tiles(const AttnArgs& call, const std::vector<Tile>& work, float* lse
     {
         [[maybe_unused]] const tmm::Registers held{};
         scratch<E>().gathered.begin();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (size_t i = first.size() - 1; i > 0; --i) {  // the last rows see most: heavy tiles first
             scratch<E>().walk.begin(call, work[first[i - 1]], work[first[i] - 1].hi - 1);
             const int other = (int)i - 1 - call.threads;  // what this thread will take then, more or less
@@ -139,6 +140,7 @@ int64_t by_tiles(const AttnArgs& call, const std::vector<Tile>& work, float* lse
                 visible += tile.visible();
             }
         }
+        end_of_stores();
     }
     return visible;
 }

@@ -38,14 +38,17 @@ class Expansion {
     void run(typename T::weight* to, int64_t k0, int64_t k1) const {
         for (int64_t k = k0; k < k1; k += from_.sub) {
             const int64_t super = (supers_ + k / from_.super) * PANEL + column_, sub = (subs_ + k / from_.sub) * PANEL + column_;
+            vf d[N], m[N];
             for (int j = 0; j < N; ++j) {
-                vf d = half(from_.d + super + j * W);
-                if (from_.sub_d) d *= number(from_.sub_d + sub + j * W);
-                vf m = from_.m ? half(from_.m + super + j * W) : d * all(-(float)from_.zero);
-                if (from_.sub_m) m *= number(from_.sub_m + sub + j * W);
-                for (int64_t i = 0; i < from_.sub; i += 8)
-                    eight(to + (k - k0 + i) * (N * W) + j * W * T::PAIR, (eights_ + (k + i) / 8) * PANEL + column_ + j * W, d, m);
+                d[j] = half(from_.d + super + j * W);
+                if (from_.sub_d) d[j] *= number(from_.sub_d + sub + j * W);
+                m[j] = from_.m ? half(from_.m + super + j * W) : d[j] * all(-(float)from_.zero);
+                if (from_.sub_m) m[j] *= number(from_.sub_m + sub + j * W);
             }
+            for (int64_t i = 0; i < from_.sub; i += 8)  // in the order in which words lie
+#pragma GCC unroll 4
+                for (int j = 0; j < N; ++j)
+                    eight(to + (k - k0 + i) * (N * W) + j * W * T::PAIR, (eights_ + (k + i) / 8) * PANEL + column_ + j * W, d[j], m[j]);
         }
     }
 

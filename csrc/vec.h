@@ -182,6 +182,13 @@ inline void store_bytes(uint8_t* p, const vf (&v)[N]) {
 
 inline float exp2_one(float x) { return exp2<5>(all(x))[0]; }
 
+// Other threads see what was written past the caches once they have met this one behind it.
+inline void end_of_stores() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 // --- storage types: a scalar of the model, and the group of PAIR scalars that one dot-product step consumes ----------
 
 struct F32 {
@@ -195,6 +202,7 @@ struct F32 {
     static vf group_at(const float* a) { return all(*a); }
     static vf widen(const float* p) { return load(p); }
     static void narrow(float* p, vf v) { store(p, v); }
+    static void narrow_past(float* p, vf a, vf b) { store(p, a), store(p + W, b); }
     static void pack(float* p, const vf* v) { store(p, *v); }  // PAIR numbers of each lane side by side
 };
 
@@ -229,6 +237,16 @@ struct BF16 {
         const vu u = (vu)v;
         const vh rounded = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
         std::memcpy(p, &rounded, sizeof rounded);
+#endif
+    }
+    // The same of 2 W numbers, a whole line at once, past the caches.
+    static void narrow_past(uint16_t* p, vf a, vf b) {
+#if defined(__AVX512F__)
+        alignas(64) uint16_t line[2 * W];
+        narrow(line, a), narrow(line + W, b);
+        _mm512_stream_si512((__m512i*)p, _mm512_load_si512(line));
+#else
+        narrow(p, a), narrow(p + W, b);
 #endif
     }
     static void pack(uint16_t* p, const vf* v) {

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from firstlight.attention.band import Band, BandConfig
 from firstlight.core.attn import PlanContext
 from firstlight.kernels.contract import SPLIT, AttnCall
+from firstlight.kernels.dispatch import fastest
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,6 +59,20 @@ def test_a_batch_is_its_requests_alone(name: str, dtype: torch.dtype, int8: bool
     assert torch.equal(together.lse, torch.cat([s.lse for s in singles]))
     for a, b in zip(sums(together), [c for s in singles for c in sums(s)], strict=True):
         assert torch.equal(a, b)
+
+
+@each_blocks
+@pytest.mark.parametrize("plan", ["none", "columns"])
+def test_where_rows_are_written_changes_nothing(dtype: torch.dtype, int8: bool, plan: str) -> None:
+    """Many of them in whole lines go past the caches, others don't."""
+    spec = Spec(reqs=(Req(first=30, num_rows=700),), dim=64, dtype=dtype, int8=int8, plan=plan)
+    call = build(spec)
+    beside = torch.full((call.out.numel() + 8,), torch.nan, dtype=dtype)[8:].view(call.out.shape)
+    for number in (1, 2):
+        with threads(number):
+            for out in (call.out.fill_(torch.nan), beside.fill_(torch.nan)):
+                fastest(64).attend(replace(call, out=out), 0, 700)
+            assert torch.equal(call.out, beside)
 
 
 @each_backend

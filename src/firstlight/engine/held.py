@@ -60,7 +60,9 @@ class Held:
         self._noted: list[tuple[Stop, int]] = []
         """Each stop, and how many calls come before it."""
         with holding(batch.memory) as self._tape:
-            while self.end < layers.stop and (self.end == layers.start or (batch.is_foreseen and self._room(layers) > 0)):
+            while self.end < layers.stop and (
+                self.end == layers.start or (batch.is_foreseen and self._room(layers) > 0)
+            ):
                 if self._noted:
                     self._raise("layer")
                 mine = None if own is None else own(self.end)
