@@ -45,7 +45,7 @@ def open_engine(job):
     if trouble == "hang":
         time.sleep(60)
     if trouble == "error":
-        raise ValueError("no such weights in /home/somebody/models/file.gguf")
+        raise ValueError("no such weights in /somewhere/models/file.gguf")
     if trouble == "mute":
         Engine.generate = lambda self, ids, num_tokens, tell: None
     if trouble == "late crash":
