@@ -71,7 +71,7 @@ inline vf dot(BF16, vf c, const uint8_t* a, const uint8_t (*b)[TILE_BYTES]) {
 template <class T>
 inline vi dot(T, vi c, const uint8_t* a, const uint8_t (*b)[TILE_BYTES]) {
     for (int k = 0; k < TILE_BYTES / 4; ++k)
-        c = T::dot(c, T::group_at((const typename T::scalar*)a + 4 * k), (const typename T::weight*)b[k]);
+        c = T::dot(c, T::row_at((const typename T::row*)a + 4 * k, 0), T::vector_at((const typename T::weight*)b[k], 0));
     return c;
 }
 // Tile C += tile A times tile B.

@@ -27,7 +27,9 @@ namespace firstlight {
     }
 FIRSTLIGHT_DECLARE(portable)
 FIRSTLIGHT_DECLARE(avx2)
+FIRSTLIGHT_DECLARE(avx2_vnni)
 FIRSTLIGHT_DECLARE(avx512)
+FIRSTLIGHT_DECLARE(avx512_vnni)
 FIRSTLIGHT_DECLARE(avx512_bf16)
 FIRSTLIGHT_DECLARE(amx)
 FIRSTLIGHT_DECLARE(amx_model)
@@ -52,11 +54,14 @@ std::vector<const Kernels*> usable() {
     std::vector<const Kernels*> found;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool dots = wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    const bool bytes = wide && __builtin_cpu_supports("avx512vnni"), dots = bytes && __builtin_cpu_supports("avx512bf16");
+    const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (dots && has_tiles()) found.push_back(&amx::kernels);
     if (dots) found.push_back(&avx512_bf16::kernels);
+    if (bytes) found.push_back(&avx512_vnni::kernels);
     if (wide) found.push_back(&avx512::kernels);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+    if (narrow && __builtin_cpu_supports("avxvnni")) found.push_back(&avx2_vnni::kernels);
+    if (narrow) found.push_back(&avx2::kernels);
     found.push_back(&portable::kernels);
     if (dots) found.push_back(&amx_model::kernels);  // for tests: the last, and only taken by name
     return found;

@@ -77,8 +77,8 @@ struct Plain {
     struct Shares {
         void set(int, const uint32_t*, ptrdiff_t) {}
     };
-    static void take(const typename T::scalar* q, int dim, float, typename T::scalar* to, Rows&, int) {
-        for (int d = 0; d < dim; d += W) std::memcpy(to + d, q + d, W * sizeof *q);
+    static void take(const typename T::scalar* q, int dim, float, typename T::row* to, Rows&, int) {
+        for (int d = 0; d < dim; d += W) to_row<T>(to + d, q + d);
     }
     static Scores scores(const uint32_t*, ptrdiff_t, int, const Rows&, int, const Shares&, int) { return {}; }
 
@@ -89,11 +89,11 @@ struct Plain {
     // N vectors of a row's levels to weights, against `top`: what its highest level makes it, in powers of two.
     static float top(float highest, float scale) { return highest * scale; }
     template <int N>
-    static void weights(const float* levels, typename T::scalar* to, vf scale, vf shift, const Shares&, int, vf& mass) {
+    static void weights(const float* levels, typename T::row* to, vf scale, vf shift, const Shares&, int, vf& mass) {
         for (int i = 0; i < N; ++i) {
             const vf p = exp2<T::TERMS>(fma(load(levels + i * W), scale, shift));
             mass += p;
-            T::narrow(to + i * W, p);
+            to_row<T>(to + i * W, p);
         }
     }
     static float finish(float*, int) { return 1; }

@@ -55,12 +55,14 @@ class Linear {
         const bool fetch = all > MR && !call_.blocks;
         if (threads == 1) {
             [[maybe_unused]] const tmm::Registers held{};
-            for (int64_t u = 0; u < units; ++u) piece({0, all, u / UNITS, (int)(u % UNITS) * NV, NV, fetch});
+            Rows rows(call_);
+            for (int64_t u = 0; u < units; ++u) piece({0, all, u / UNITS, (int)(u % UNITS) * NV, NV, fetch}, rows);
             return;
         }
 #pragma omp parallel num_threads(threads)
         {
             [[maybe_unused]] const tmm::Registers held{};
+            Rows rows(call_);
             // in half tiles, so that 9 panels are 4.5 for each of two
             const int64_t halves = 2 * units, t = omp_get_thread_num(), n = omp_get_num_threads();
             int64_t h = halves * t / n;
@@ -68,7 +70,7 @@ class Linear {
             while (h < end) {
                 const int64_t unit = h / 2;
                 const bool whole = h % 2 == 0 && h + 2 <= end;
-                piece({0, all, unit / UNITS, (int)(unit % UNITS) * NV + (int)(h % 2) * NV / 2, whole ? NV : NV / 2, fetch});
+                piece({0, all, unit / UNITS, (int)(unit % UNITS) * NV + (int)(h % 2) * NV / 2, whole ? NV : NV / 2, fetch}, rows);
                 h += whole ? 2 : 1;
             }
         }
@@ -82,27 +84,67 @@ class Linear {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             [[maybe_unused]] const tmm::Registers held{};
+            Rows rows(call_);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < blocks * panels; ++i) {
                 const int64_t r0 = i / panels * each;
-                for (int v = 0; v < VECTORS; v += N) piece({r0, std::min(r0 + each, call_.rows), i % panels, v, N, false});
+                for (int v = 0; v < VECTORS; v += N) piece({r0, std::min(r0 + each, call_.rows), i % panels, v, N, false}, rows);
             }
         }
     }
 
-    void piece(const Piece& p) {
+    // Rows as products read them: where they lie, or turned, a piece's at a time; a thread goes through its pieces in order.
+    class Rows {
+        using Row = typename T::row;
+        static constexpr bool IN_PLACE = std::is_same_v<Row, typename T::scalar>;
+
+      public:
+        explicit Rows(const MatmulArgs& call) : call_(call), step(IN_PLACE ? call.x_row : (call.width + W - 1) / W * W) {}
+
+        // Row r0, and others behind it up to r1.
+        const Row* from(int64_t r0, int64_t r1) {
+            if constexpr (IN_PLACE) return (const Row*)call_.x + r0 * step;
+            static thread_local std::vector<Row> room;
+            if (r0 != first_ || r1 != end_) turn(room, r0, r1);
+            return room.data();
+        }
+
+      private:
+        void turn(std::vector<Row>& room, int64_t r0, int64_t r1) {
+            if (room.size() < (size_t)((r1 - r0) * step)) room.resize((r1 - r0) * step);
+            for (int64_t r = r0; r < r1; ++r) {
+                const auto* x = (const typename T::scalar*)call_.x + r * call_.x_row;
+                Row* to = &room[(r - r0) * step];
+                int64_t k = 0;
+                for (; k + W <= call_.width; k += W) to_row<T>(to + k, x + k);
+                typename T::scalar last[W] = {};
+                std::copy(x + k, x + call_.width, last);
+                if (k < call_.width) to_row<T>(to + k, last);
+            }
+            first_ = r0, end_ = r1;
+        }
+
+        const MatmulArgs& call_;
+        int64_t first_ = 0, end_ = 0;
+
+      public:
+        const ptrdiff_t step;  // from one row to the next
+    };
+
+    void piece(const Piece& p, Rows& rows) {
         constexpr bool FETCH = !BY_TILES<T>;
-        if (p.count == NV) p.fetch ? as<NV, FETCH>(p) : as<NV, false>(p);
-        else p.fetch ? as<NV / 2, FETCH>(p) : as<NV / 2, false>(p);
+        if (p.count == NV) p.fetch ? as<NV, FETCH>(p, rows) : as<NV, false>(p, rows);
+        else p.fetch ? as<NV / 2, FETCH>(p, rows) : as<NV / 2, false>(p, rows);
     }
 
     template <int N, bool FETCH>
-    void as(const Piece& p) {
+    void as(const Piece& p, Rows& rows) {
         constexpr int64_t LDB = (int64_t)PANEL * T::PAIR, MOST = HEIGHT<T, N>;
         const int64_t part = std::max<int64_t>((call_.blocks ? BLOCK_PART : PART) / (LDB * sizeof(typename T::weight)), 1);
         const int64_t ldb = call_.blocks ? (int64_t)N * W * T::PAIR : LDB;
         const auto* w = (const typename T::weight*)call_.w + p.panel * groups_ * LDB + p.first * W * T::PAIR;
-        const ptrdiff_t step = LDB * sizeof(typename T::weight) / ((p.r1 - p.r0 + MOST - 1) / MOST);
+        const ptrdiff_t step = rows.step, fetched = LDB * sizeof(typename T::weight) / ((p.r1 - p.r0 + MOST - 1) / MOST);
+        const auto* const first = rows.from(p.r0, p.r1);
         S* waiting = groups_ > part ? waiting_room<S>() : nullptr;
         for (int64_t g = 0; g < groups_ || g == 0; g += part) {
             const int64_t n = std::min(part, groups_ - g);
@@ -113,14 +155,14 @@ class Linear {
                     S* kept = waiting + (r - p.r0) * N;
                     if (g) s.recall(kept);
                     else begin(s, p);
-                    const auto* x = (const typename T::scalar*)call_.x + r * call_.x_row + g * T::PAIR;
-                    const char* ahead = (const char*)(w + (g + n) * LDB) + (r - p.r0) / MOST * n * step;
+                    const auto* x = first + (r - p.r0) * step + g * T::PAIR;
+                    const char* ahead = (const char*)(w + (g + n) * LDB) + (r - p.r0) / MOST * n * fetched;
                     const auto fetch = [=](int64_t group) {  // what the next rows read, into the cache
 #pragma GCC unroll 4
-                        for (int l = 0; l < 4; ++l) __builtin_prefetch(ahead + group * step + l * 64, 0, 2);
+                        for (int l = 0; l < 4; ++l) __builtin_prefetch(ahead + group * fetched + l * 64, 0, 2);
                     };
-                    if constexpr (FETCH) s.add(x, call_.x_row, b, ldb, n, fetch);
-                    else s.add(x, call_.x_row, b, ldb, n);
+                    if constexpr (FETCH) s.add(x, step, b, ldb, n, fetch);
+                    else s.add(x, step, b, ldb, n);
                     if (last) finish(s, p, r);
                     else s.keep(kept);
                 });

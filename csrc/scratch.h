@@ -113,7 +113,7 @@ template <class E>
 struct Scratch {
     Walk walk;
     Gathered<E> gathered;
-    Lines<typename E::Query::scalar> q;
+    Lines<typename E::Query::row> q;
     typename E::Rows q_rows;
     typename E::Shares shares;
     Lines<float> part, out;

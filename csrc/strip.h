@@ -98,7 +98,7 @@ class Strip {
         weights.from(0);
         // Inlined by force, here and below: a call would put the sums into memory.
         const auto add = [&](auto& sums, int n, int row, int column) __attribute__((always_inline)) {
-            const auto* weight = (const typename Weight::scalar*)&s_.score[row * SPLIT] + n * BLOCK;
+            const auto* weight = (const typename Weight::row*)&s_.score[row * SPLIT] + n * BLOCK;
             const auto* v = (const typename Weight::weight*)found_.values[parts_[n].found] + parts_[n].first * dim_ + column * Weight::PAIR;
             const ptrdiff_t stride = SPLIT * (sizeof(float) / sizeof *weight), step = dim_ * Weight::PAIR;
             const int groups = parts_[n].width / Weight::PAIR;
@@ -223,7 +223,7 @@ class Strip {
         void begin(int n) {
             n_ = n, width_ = strip_.parts_[n].width, share_ = strip_.parts_[n].share();
             from_ = strip_.at(0, n), shift_ = &strip_.shift_[E::BY_BLOCK ? n : 0];
-            to_ = (typename Weight::scalar*)&strip_.s_.score[0] + n * BLOCK;
+            to_ = (typename Weight::row*)&strip_.s_.score[0] + n * BLOCK;
         }
         // Called for each group of a product: a row every now and then, so that the last is done about when the product is.
         inline __attribute__((always_inline)) void beside(int64_t group) const {
@@ -256,7 +256,7 @@ class Strip {
         Strip& strip_;
         int n_, width_, share_;
         const float *from_, *shift_;
-        typename Weight::scalar* to_;
+        typename Weight::row* to_;
     };
 
     const AttnArgs& call_;

@@ -48,19 +48,25 @@ struct Sums {
     // += a[R, groups] b[groups, N vectors]: rows of a lie `lda` scalars apart, groups of b `ldb`. beside(group) is called for
     // each group: what it does runs in the gaps that the products leave.
     template <class Beside>
-    inline __attribute__((always_inline)) void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups, Beside beside) {
+    inline __attribute__((always_inline)) void add(const typename T::row* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups, Beside beside) {
 #pragma GCC unroll 2
         for (int64_t g = 0; g < groups; ++g, a += T::PAIR, b += ldb) {
             beside(g);
-#pragma GCC unroll 8
-            for (int i = 0; i < R; ++i) {
-                const auto x = T::group_at(a + i * lda);
 #pragma GCC unroll 4
-                for (int j = 0; j < N; ++j) at[i][j] = T::dot(at[i][j], x, b + j * W * T::PAIR);
+            for (int step = 0; step < T::STEPS; ++step) {
+                decltype(T::vector_at(b, step)) y[N];
+#pragma GCC unroll 4
+                for (int j = 0; j < N; ++j) y[j] = T::vector_at(b + j * W * T::PAIR, step);
+#pragma GCC unroll 8
+                for (int i = 0; i < R; ++i) {
+                    const auto x = T::row_at(a + i * lda, step);
+#pragma GCC unroll 4
+                    for (int j = 0; j < N; ++j) at[i][j] = T::dot(at[i][j], x, y[j]);
+                }
             }
         }
     }
-    inline __attribute__((always_inline)) void add(const typename T::scalar* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups) {
+    inline __attribute__((always_inline)) void add(const typename T::row* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups) {
         add(a, lda, b, ldb, groups, [](int64_t) {});
     }
 };

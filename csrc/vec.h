@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -189,17 +190,22 @@ inline void end_of_stores() {
 #endif
 }
 
-// --- storage types: a scalar of the model, and the group of PAIR scalars that one dot-product step consumes ----------
+// --- storage types: a scalar of the model, and the group of PAIR scalars that one step of an inner product takes ------
+//
+// A product is one of rows by vectors: `row_at` is a group of a row's in all lanes, `vector_at` one of each lane's own, `dot`
+// adds their products. Where the set has none of whole groups they take STEPS, for each of which numbers are made ready. Rows
+// are of type `row`, into which a model's scalars are turned before.
 
 struct F32 {
     using scalar = float;
     using weight = float;
+    using row = float;
     using sum = vf;
-    static constexpr int PAIR = 1;
+    static constexpr int PAIR = 1, STEPS = 1;
     static constexpr int TERMS = 5;
-    static vf dot(vf acc, vf a, const float* b) { return fma(a, load(b), acc); }
-    using group = vf;
-    static vf group_at(const float* a) { return all(*a); }
+    static vf row_at(const float* a, int) { return all(*a); }
+    static vf vector_at(const float* b, int) { return load(b); }
+    static vf dot(vf acc, vf a, vf b) { return fma(a, b, acc); }
     static vf widen(const float* p) { return load(p); }
     static void narrow(float* p, vf v) { store(p, v); }
     static void narrow_past(float* p, vf a, vf b) { store(p, a), store(p + W, b); }
@@ -212,20 +218,26 @@ struct BF16 {
     using sum = vf;
     static constexpr int PAIR = 2;
     static constexpr int TERMS = 3;
-    using group = vu;
+#if defined(__AVX512BF16__)
+    using row = uint16_t;
+    static constexpr int STEPS = 1;
+    static vu row_at(const uint16_t* a, int) { return group_at(a); }
+    static vu vector_at(const uint16_t* b, int) { return load_as<vu>(b); }
+    static vf dot(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b); }
+#else  // in float32, where products of bf16 are exact, too
+    using row = float;
+    static constexpr int STEPS = 2;
+    static vf row_at(const float* a, int step) { return all(a[step]); }
+    static vf vector_at(const uint16_t* b, int step) {
+        const vu pair = load_as<vu>(b);
+        return bits(step ? pair & all_bits(0xffff0000u) : pair << 16);
+    }
+    static vf dot(vf acc, vf a, vf b) { return fma(a, b, acc); }
+#endif
     static vu group_at(const uint16_t* a) {
         uint32_t pair;
         std::memcpy(&pair, a, sizeof pair);
         return pair - vu{};
-    }
-    // acc += a0 b0 + a1 b1, for pairs of bf16
-    static vf dot(vf acc, vu a, const uint16_t* b) {
-#if defined(__AVX512BF16__)
-        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)_mm512_loadu_si512(b));
-#else
-        const vu pair = load_as<vu>(b), high = all_bits(0xffff0000u);
-        return fma(bits(a & high), bits(pair & high), fma(bits(a << 16), bits(pair << 16), acc));
-#endif
     }
     static vu all_bits(uint32_t x) { return x - vu{}; }
     static vf widen(const uint16_t* p) { return bits(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
@@ -265,46 +277,73 @@ struct BF16 {
 #endif
 };
 
-// Bytes without a sign times bytes with one, summed exactly in 32 bits.
+// W numbers, or scalars of a model, as a product's rows take them.
+template <class T>
+inline void to_row(typename T::row* to, vf v) {
+    if constexpr (std::is_same_v<typename T::row, typename T::scalar>) T::narrow(to, v);
+    else store(to, v);
+}
+template <class T>
+inline void to_row(typename T::row* to, const typename T::scalar* from) {
+    if constexpr (std::is_same_v<typename T::row, typename T::scalar>) std::memcpy(to, from, W * sizeof *to);
+    else store(to, T::widen(from));
+}
+
+// Bytes: products of those without a sign by those with one, summed exactly in 32 bits. Without dot products of four they
+// become 16 bits, the even ones and then the odd ones, without those of two 32 bits.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int BYTE_STEPS = 1;
+inline vi unsigned_bytes(vi x, int) { return x; }
+inline vi signed_bytes(vi x, int) { return x; }
+#if defined(__AVX512VNNI__)
+inline vi add_bytes(vi acc, vi a, vi b) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+#else
+inline vi add_bytes(vi acc, vi a, vi b) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b); }
+#endif
+#elif defined(__AVX512BW__)
+constexpr int BYTE_STEPS = 2;
+inline vi unsigned_bytes(vi x, int step) { return step ? (vi)_mm512_srli_epi16((__m512i)x, 8) : x & 0x00ff00ff; }
+inline vi signed_bytes(vi x, int step) { return (vi)_mm512_srai_epi16(step ? (__m512i)x : _mm512_slli_epi16((__m512i)x, 8), 8); }
+inline vi add_bytes(vi acc, vi a, vi b) { return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+constexpr int BYTE_STEPS = 2;
+inline vi unsigned_bytes(vi x, int step) { return step ? (vi)_mm256_srli_epi16((__m256i)x, 8) : x & 0x00ff00ff; }
+inline vi signed_bytes(vi x, int step) { return (vi)_mm256_srai_epi16(step ? (__m256i)x : _mm256_slli_epi16((__m256i)x, 8), 8); }
+inline vi add_bytes(vi acc, vi a, vi b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+constexpr int BYTE_STEPS = 4;
+inline vi unsigned_bytes(vi x, int step) { return x >> 8 * step & 255; }
+inline vi signed_bytes(vi x, int step) { return x << (24 - 8 * step) >> 24; }
+inline vi add_bytes(vi acc, vi a, vi b) { return acc + a * b; }
+#endif
+inline vi four_bytes(const void* p) {
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    return four - vi{};
+}
+
+// Rows without a sign by vectors with one.
 struct Bytes {
     using scalar = uint8_t;
     using weight = int8_t;
+    using row = uint8_t;
     using sum = vi;
-    static constexpr int PAIR = 4;
-    using group = vi;
-    static vi group_at(const uint8_t* a) {
-        int32_t four;
-        std::memcpy(&four, a, sizeof four);
-        return four - vi{};
-    }
-    static vi dot(vi acc, vi a, const int8_t* b) {
-#if defined(__AVX512VNNI__)
-        return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_loadu_si512(b));
-#else
-        const vi w = load_as<vi>(b);
-        for (int i = 0; i < 4; ++i) acc += (a >> 8 * i & 255) * (w << (24 - 8 * i) >> 24);
-        return acc;
-#endif
-    }
+    static constexpr int PAIR = 4, STEPS = BYTE_STEPS;
+    static vi row_at(const uint8_t* a, int step) { return unsigned_bytes(four_bytes(a), step); }
+    static vi vector_at(const int8_t* b, int step) { return signed_bytes(load_as<vi>(b), step); }
+    static vi dot(vi acc, vi a, vi b) { return add_bytes(acc, a, b); }
 };
 
-// The same with the vectors' side without a sign, and the other with one.
+// The other way round.
 struct SignedBytes {
     using scalar = int8_t;
     using weight = uint8_t;
+    using row = int8_t;
     using sum = vi;
-    static constexpr int PAIR = 4;
-    using group = vi;
-    static vi group_at(const int8_t* a) { return Bytes::group_at((const uint8_t*)a); }
-    static vi dot(vi acc, vi a, const uint8_t* b) {
-#if defined(__AVX512VNNI__)
-        return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(b), (__m512i)a);
-#else
-        const vi w = load_as<vi>(b);
-        for (int i = 0; i < 4; ++i) acc += (w >> 8 * i & 255) * (a << (24 - 8 * i) >> 24);
-        return acc;
-#endif
-    }
+    static constexpr int PAIR = 4, STEPS = BYTE_STEPS;
+    static vi row_at(const int8_t* a, int step) { return signed_bytes(four_bytes(a), step); }
+    static vi vector_at(const uint8_t* b, int step) { return unsigned_bytes(load_as<vi>(b), step); }
+    static vi dot(vi acc, vi a, vi b) { return add_bytes(acc, b, a); }
 };
 
 }  // namespace firstlight::FIRSTLIGHT_VARIANT

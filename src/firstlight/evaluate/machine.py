@@ -15,7 +15,15 @@ from firstlight.evaluate.peak import TYPES, peak_gflops
 from firstlight.kernels.dispatch import BACKENDS
 from firstlight.kernels.native import active_isa, processor
 
-_ISA = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
+_ISA = {
+    "amx_bf16": "amx",
+    "avx512_bf16": "avx512_bf16",
+    "avx512_vnni": "avx512_vnni",
+    "avx512f": "avx512",
+    "avx_vnni": "avx2_vnni",
+    "avx2": "avx2",
+    "asimd": "neon",
+}
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
@@ -38,7 +46,7 @@ def describe_processor() -> dict[str, Any]:
 
 
 def instruction_set(cpuinfo: str) -> str:
-    """The widest set in /proc/cpuinfo's flags that kernels care for: amx, avx512_bf16, avx512, avx2, neon or base."""
+    """The widest set in /proc/cpuinfo's flags that kernels care for, by a kernel variant's name, neon or base."""
     flags = set((_value(cpuinfo, "flags") or _value(cpuinfo, "Features")).split())
     return next((name for flag, name in _ISA.items() if flag in flags), "base")
 

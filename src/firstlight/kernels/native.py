@@ -1,7 +1,8 @@
 """The compiled kernels of csrc/, if this installation and this processor have them.
 
-`FIRSTLIGHT_ISA` forces a variant: amx, avx512_bf16, avx512, avx2 or portable. By default the fastest that the processor
-can run is taken. `amx_model` is amx with its tiles played in plain C++: a test of these kernels, and slow.
+`FIRSTLIGHT_ISA` forces a variant: amx, avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2 or portable. By default the
+fastest that the processor can run is taken. `amx_model` is amx with its tiles played in plain C++: slow, for tests of
+these kernels.
 """
 
 from __future__ import annotations
