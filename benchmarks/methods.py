@@ -107,6 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "methods": report["methods"],
             "planning_s": machine.planning.seconds,
             "attention_s": machine.ops.seconds,
+            "calls": machine.ops.calls,
             "digest_bytes": machine.planning.digests.nbytes,
             "linear_flops": 2.0
             * sum(s[0] * s[1] for n, s in llm.engine.machine.model.linears.shapes.items() if n != "head"),
@@ -119,6 +120,7 @@ class Timed:
 
     def __init__(self, inner: Any, name: str, counts: Callable[..., bool]) -> None:
         self._inner, self._name, self._counts, self.seconds = inner, name, counts, 0.0
+        self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -129,6 +131,7 @@ class Timed:
         result = call(*args)
         if self._counts(*args):
             self.seconds += time.perf_counter() - began
+            self.calls += 1
         return result
 
 
@@ -142,7 +145,7 @@ def bound(run: dict[str, Any], dense: dict[str, Any], length: int) -> float:
 def _print(settings: list[str], lengths: list[int], samples: dict[str, list[dict[str, Any]]]) -> None:
     width = max(len(s) for s in settings)
     heading = "tokens  TTFT s                of dense  bound  ms/token  of dense  KV MB, end  of dense, peak"
-    heading += "  density  planning s  attention s  both of dense  digests MB"
+    heading += "  density  planning s  attention s  over  calls  both of dense  digests MB"
     print(f"{'setting':{width}}  {heading}")
     for length in lengths:
         dense = samples[f"{DENSE} {length}"]
@@ -157,15 +160,15 @@ def _figures(setting: str, runs: list[dict[str, Any]], dense: list[dict[str, Any
     )
     spread = f"{min(r['ttft_s'] for r in runs):.2f}-{max(r['ttft_s'] for r in runs):.2f}"
     least = "" if setting == BASELINE else f"{bound(runs[0], dense[0], length):.2f}"
-    kv, whole = runs[0]["kv"], dense[0]["kv"]
+    kv, whole, whole_density = runs[0]["kv"], dense[0]["kv"], dense[0]["density"]
     shares = f"{kv['bytes_end'] / whole['bytes_end']:8.2f}  {kv['bytes_peak'] / whole['bytes_peak']:4.2f}"
     planning, attention, attention_0 = (
         statistics.median(run[key] for run in of)
         for of, key in ((runs, "planning_s"), (runs, "attention_s"), (dense, "attention_s"))
     )
-    planned = (
-        f"{runs[0]['density']:7.2f}  {planning:10.2f}  {attention:11.2f}  {(planning + attention) / attention_0:13.2f}"
-    )
+    over = attention / attention_0 / (runs[0]["density"] / whole_density)
+    planned = f"{runs[0]['density']:7.3f}  {planning:10.2f}  {attention:11.2f}  {over:4.2f}  {runs[0]['calls']:5}"
+    planned += f"  {(planning + attention) / attention_0:13.2f}"
     planned += f"  {runs[0]['digest_bytes'] / 1e6:10.2f}"
     return (
         f"{ttft:6.2f} [{spread:11}]  {ttft / ttft_0:8.2f}  {least:5}  {tpot * 1e3:8.1f}  {tpot / tpot_0:8.2f}"

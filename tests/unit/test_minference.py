@@ -272,8 +272,8 @@ def test_cost_counts_what_the_kernel_takes_whole_blocks_and_single_columns() -> 
         plan = planner(pattern).plan(ctx)
         assert plan is not None
         want = seen(plan, ctx).sum((0, 2)) + above_diagonal
-        blocks, columns = pairs(plan, ctx.tok)
-        assert (blocks + columns).equal(want.double())
+        blocks, columns, rows = pairs(plan, ctx.tok)
+        assert (rows @ (blocks + columns)).equal(want.double())
 
 
 def off(ctx: PlanContext, v: Tensor, pattern: Pattern) -> Tensor:

@@ -6,6 +6,7 @@ go) and so may entries: `PlanContext.place` says which entry is a row's own, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -177,19 +178,22 @@ def mask_of(ptr: Tensor | None, idx: Tensor | None, rows: int, width: int) -> Te
     return mask
 
 
-def pairs(plan: AttnPlan, tok: Tensor) -> tuple[Tensor, Tensor]:
-    """f64 [Hq] each: the (row, key) pairs that a kernel takes in blocks and bands, and in single columns.
+def pairs(plan: AttnPlan, tok: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(near, far f64 [s, Hq], rows f64 [s]): the keys that a kernel takes for each of some rows, stretch after stretch.
 
-    `tok`: the rows of a request. Blocks are taken whole, a row's own included; a window begins anywhere in one.
+    Near ones lie in blocks and bands, far ones are single columns. `tok` i64 [n]: rows of a request, ascending. Blocks
+    are taken whole, a row's own included; a window begins anywhere in one.
     """
+    alike = math.gcd(plan.q_tile, BLOCK)  # rows that neither a tile's end nor a block's parts
+    first, rows = torch.unique_consecutive(tok // alike, return_counts=True)
+    tok = first * alike
     tile = plan.tile_map.long()[tok // plan.q_tile - int(plan.tile_first)]
     row = tile[:, None] * plan.num_lists + plan.head_map
     upto = (tok[:, None] // BLOCK + 1.0).double() * BLOCK
     sink, window = plan.band.double().unbind(1)
     near = _lengths(plan.blk_ptr, plan) * plan.blk + sink + torch.where(window > 0, window + BLOCK, 0.0)
     near = torch.minimum(near.masked_fill(window == DENSE, torch.inf)[row], upto)
-    far = torch.minimum(_lengths(plan.col_ptr, plan)[row], upto - near)
-    return near.sum(0), far.sum(0)
+    return near, torch.minimum(_lengths(plan.col_ptr, plan)[row], upto - near), rows.double()
 
 
 def _lengths(ptr: Tensor | None, plan: AttnPlan) -> Tensor:

@@ -41,8 +41,8 @@ class Costs:
 
     def of(self, plan: AttnPlan, ctx: PlanContext) -> float:
         """Of attention under a plan, predicted."""
-        near, far = pairs(plan, ctx.tok)
-        return float(self.block * near.sum() + self.column * far.sum())
+        near, far, rows = pairs(plan, ctx.tok)
+        return float(rows @ (self.block * near + self.column * far).sum(1))
 
 
 def measure(

@@ -26,7 +26,7 @@ from firstlight.engine.held import Held
 from firstlight.engine.live import LiveRequest
 from firstlight.engine.machine import Machine
 from firstlight.engine.probes import Probes
-from firstlight.engine.rates import padded, slices
+from firstlight.engine.rates import attend_work, padded, slices
 from firstlight.engine.spans import joined
 from firstlight.engine.work import Stop, Work
 from firstlight.kernels.contract import AttnCall, AttnRows
@@ -330,13 +330,11 @@ class Pass(Work):
         for members, rows in batch.groups:
             call = self._call(layer, members, rows, q, out, probes, batch.numbers(layer, members))
             batch.calls.setdefault(layer, []).append((members, call))
+            end = rows.row_ptr[-1]
             if not self._fine:
-                ops.attend(call, 0, rows.row_ptr[-1])
-            for r0, r1, work in slices(ops.attend_work(call, 0, rows.row_ptr[-1]), rate) if self._fine else ():
-                dense, visible = call.stats.dense, call.stats.visible
+                ops.attend(call, 0, end)
+            for r0, r1, work in slices(attend_work(call, ops.attend_cuts(call, 0, end)), rate) if self._fine else ():
                 ops.attend(call, r0, r1)
-                read = call.stats.visible - visible or call.stats.dense - dense  # a held call has counted nothing
-                work *= read / (call.stats.dense - dense)
                 yield Stop("slice", layer, "attend", work)
             count_read(members, call)
 

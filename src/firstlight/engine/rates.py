@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from torch.nn.functional import pad
+
+from firstlight.attention.grid import pairs
+from firstlight.kernels.contract import AttnCall
+
 SLICE_S = 0.02
 """No stretch of a pass between two stops takes longer, if predictions err by two at most."""
 _AIM_S = SLICE_S / 2
@@ -38,6 +43,28 @@ class Rate:
 def padded(rows: int) -> int:
     """Rows that a block really runs with: a few counts only, and enough that linears keep a row's bits."""
     return max(4, 1 << (rows - 1).bit_length()) if rows < 64 else -(-rows // 64) * 64
+
+
+def attend_work(call: AttnCall, ends: Sequence[int]) -> list[tuple[int, float]]:
+    """(end row, operations) of the rows up to each of `ends`, on keys that plan and model window let them read."""
+    plan, window, memo, tok = call.plan, call.model_window, call.rows.memo, call.rows.tok
+    key = ("work", tuple(ends), window)
+    if plan is None and key in memo:
+        known: list[tuple[int, float]] = memo[key]
+        return known
+    heads, dim = call.q.shape[1:]
+    if plan is None:
+        keys = heads * (tok + 1).double()
+    else:
+        near, far, rows = pairs(plan, tok)
+        keys = (near + far).sum(1).repeat_interleave(rows.long())
+    if window is not None:
+        keys = keys.clamp(max=heads * window)
+    upto = pad(keys.cumsum(0), (1, 0))[[0, *ends]]
+    work = list(zip(ends, (4.0 * dim * upto.diff()).tolist()))
+    if plan is None:
+        memo[key] = work
+    return work
 
 
 def slices(tiles: Sequence[tuple[int, float]], rate: Rate) -> Iterator[tuple[int, int, float]]:

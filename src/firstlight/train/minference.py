@@ -138,8 +138,8 @@ class Layer:
         plan, tok = self._plan(patterns), self._ctx.tok
         if plan is None:
             return torch.full((len(patterns),), float((tok + 1).sum()), dtype=torch.float64)
-        blocks, columns = pairs(plan, tok)
-        return blocks + columns
+        blocks, columns, rows = pairs(plan, tok)
+        return rows @ (blocks + columns)
 
     def _scaled(self, candidate: Pattern, most: Tensor) -> list[Pattern]:
         """For each head the candidate as large as it may be at a cost of f64 [Hq]; the first one as it is."""

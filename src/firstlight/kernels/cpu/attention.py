@@ -75,16 +75,9 @@ def _numbers(rows: AttnRows) -> tuple[Numbers, Numbers, int, int]:
     return made
 
 
-def attend_work(call: AttnCall, r0: int, r1: int) -> list[tuple[int, float]]:
-    """Where rows [r0, r1) can be sliced: (end row, operations as if dense) of some rows each."""
-    key = ("work", r0, r1)
-    if key not in call.rows.memo:
-        ends = [*range(r0 + _STEP, r1, _STEP), r1] if r1 > r0 else []
-        pairs = np.diff(_dense_pairs(call.rows)[[r0, *ends]])
-        each = 4.0 * call.q.shape[1] * call.q.shape[2]
-        call.rows.memo[key] = list(zip(ends, (each * pairs).tolist()))
-    work: list[tuple[int, float]] = call.rows.memo[key]
-    return work
+def attend_cuts(call: AttnCall, r0: int, r1: int) -> list[int]:
+    """Where rows [r0, r1) can be sliced: the end row of some rows each."""
+    return [*range(r0 + _STEP, r1, _STEP), r1] if r1 > r0 else []
 
 
 def _dense_pairs(rows: AttnRows) -> Numbers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from firstlight.kernels.cpu.attention import attend, attend_work, layer_numbers, plan_numbers, view_numbers
+from firstlight.kernels.cpu.attention import attend, attend_cuts, layer_numbers, plan_numbers, view_numbers
 from firstlight.kernels.cpu.linears import Int8Linears, PackedLinears, layout, linear
 from firstlight.kernels.cpu.ops import (
     add_norm,
@@ -27,7 +27,7 @@ __all__ = [
     "add_norm",
     "add_rows",
     "attend",
-    "attend_work",
+    "attend_cuts",
     "dependent_linears",
     "gelu_mul",
     "layer_numbers",

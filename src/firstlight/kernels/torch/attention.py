@@ -52,10 +52,9 @@ def attend(call: AttnCall, r0: int, r1: int) -> None:
         _attend_decode(call, decode)
 
 
-def attend_work(call: AttnCall, r0: int, r1: int) -> list[tuple[int, float]]:
-    """Where rows [r0, r1) can be sliced: (end row, operations as if dense) of each tile."""
-    heads, dim = call.q.shape[1:]
-    return [(t.hi, 4.0 * t.size * (t.start + t.size) * heads * dim) for t in tiles(call, r0, r1)]
+def attend_cuts(call: AttnCall, r0: int, r1: int) -> list[int]:
+    """Where rows [r0, r1) can be sliced: the end row of each tile."""
+    return [tile.hi for tile in tiles(call, r0, r1)]
 
 
 # --- plain prefill tiles: all entries before the tile at once, the tile's own under the causal triangle ---------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from firstlight.kernels.torch.attention import attend, attend_work
+from firstlight.kernels.torch.attention import attend, attend_cuts
 from firstlight.kernels.torch.int8 import Int8Linears
 from firstlight.kernels.torch.ops import (
     PackedLinears,
@@ -30,7 +30,7 @@ __all__ = [
     "add_norm",
     "add_rows",
     "attend",
-    "attend_work",
+    "attend_cuts",
     "dependent_linears",
     "gelu_mul",
     "layout",
