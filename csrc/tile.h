@@ -52,22 +52,24 @@ struct Sums {
 #pragma GCC unroll 2
         for (int64_t g = 0; g < groups; ++g, a += T::PAIR, b += ldb) {
             beside(g);
-#pragma GCC unroll 4
-            for (int step = 0; step < T::STEPS; ++step) {
-                decltype(T::vector_at(b, step)) y[N];
-#pragma GCC unroll 4
-                for (int j = 0; j < N; ++j) y[j] = T::vector_at(b + j * W * T::PAIR, step);
-#pragma GCC unroll 8
-                for (int i = 0; i < R; ++i) {
-                    const auto x = T::row_at(a + i * lda, step);
-#pragma GCC unroll 4
-                    for (int j = 0; j < N; ++j) at[i][j] = T::dot(at[i][j], x, y[j]);
-                }
-            }
+            add_steps<0>(a, lda, b);
         }
     }
     inline __attribute__((always_inline)) void add(const typename T::row* a, ptrdiff_t lda, const typename T::weight* b, ptrdiff_t ldb, int64_t groups) {
         add(a, lda, b, ldb, groups, [](int64_t) {});
+    }
+
+  private:
+    // A group in its steps; no loop over them, with which the compiler spills the sums where much runs beside.
+    template <int STEP>
+    inline __attribute__((always_inline)) void add_steps(const typename T::row* a, ptrdiff_t lda, const typename T::weight* b) {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            const auto x = T::row_at(a + i * lda, STEP);
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) at[i][j] = T::dot(at[i][j], x, T::vector_at(b + j * W * T::PAIR, STEP));
+        }
+        if constexpr (STEP + 1 < T::STEPS) add_steps<STEP + 1>(a, lda, b);
     }
 };
 
