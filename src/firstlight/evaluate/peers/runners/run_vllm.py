@@ -26,7 +26,7 @@ class Engine:
         self.version, self._params, self._count = vllm.__version__, vllm.SamplingParams, 0
         self._engine = vllm.LLM(
             job["model"],
-            dtype="bfloat16",
+            dtype=job["settings"]["dtype"],
             skip_tokenizer_init=True,
             max_model_len=job["max_len"],
             max_num_seqs=1,
