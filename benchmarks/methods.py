@@ -5,11 +5,11 @@
 
 Each round runs every setting once, dense first, each in a process of its own that warms up with a short prompt; a drift
 of the machine's speed meets all. The bound of a setting is what its prefill takes if nothing but its cells cost
-anything: linears by rows, attention by the pairs that are read (docs/metrics.md). *over*: attention's time as a multiple of
-density times dense's; *calls*: stretches of it between two stops. `--baseline CHECKOUT` adds dense runs
-of another checkout of the project, for what a change costs where nothing is switched on. Printed: a table of medians
-and extremes, and one JSON line. `--out` keeps each run as a line of its own as soon as it is there, and a call takes
-from that file what it has: one that was stopped goes on where it was.
+anything: linears by rows, attention by the pairs that are read (docs/metrics.md). `over` is attention's time by density
+times dense's, `calls` its stretches between two stops. `--baseline CHECKOUT` adds dense runs of another checkout of the
+project, for what a change costs where nothing is switched on. Printed: a table of medians and extremes, and one JSON
+line. `--out` keeps each run as a line of its own as soon as it is there, and a call takes from that file what it has:
+one that was stopped goes on where it was.
 """
 
 from __future__ import annotations
