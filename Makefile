@@ -63,12 +63,17 @@ clean:  ## remove what these targets made, but for fetched models
 	rm -rf $(VENV) build dist
 
 # torch comes first and alone, so that nothing that depends on it can choose another version.
-$(VENV)/installed: pyproject.toml $(NATIVE)
+define install
 	$(PYTHON) -m venv $(VENV) || ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
 	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install --editable .
+	$(BIN)/pip install --editable '.$(1)'
+endef
+
+$(VENV)/installed: pyproject.toml $(NATIVE)
+	$(call install)
 	touch $@
 
-$(VENV)/tested: $(VENV)/installed
-	$(BIN)/pip install --editable '.[test]'
-	touch $@
+# Not after the other: every installation compiles the kernels anew.
+$(VENV)/tested: pyproject.toml $(NATIVE)
+	$(call install,[test])
+	touch $(VENV)/installed $@
