@@ -25,6 +25,9 @@ KEYS = {
 }
 DOCUMENT = docs.checkout() / "src/firstlight/evaluate/texts/moby-dick-chapter-87.txt"
 
+SILENT = "f32"
+"""A precision that no processor is advised against."""
+
 
 @pytest.fixture
 def model(smollm2_path: Path) -> str:
@@ -167,7 +170,9 @@ def test_a_bad_model_file(content: bytes | None, tmp_path: Path, capsys: pytest.
 
 def test_ctrl_c_in_a_long_prefill(model: str, tmp_path: Path) -> None:
     log = tmp_path / "run.log"
-    process = firstlight("run", model, "-f", str(DOCUMENT), "-p", "What is this?", "--event-log", str(log))
+    process = firstlight(
+        "run", model, "-f", str(DOCUMENT), "-p", "What is this?", "--event-log", str(log), "--precision", SILENT
+    )
     deadline = time.monotonic() + 120
     while "WorkUnit" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -216,7 +221,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat: Callable[..., Terminal]) 
 
 
 def test_a_reader_that_goes_away(model: str) -> None:
-    process = firstlight("run", model, "-p", "Tell a long story.", "--max-tokens", "30")
+    process = firstlight("run", model, "-p", "Tell a long story.", "--max-tokens", "30", "--precision", SILENT)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.wait(timeout=60) == 141
